@@ -66,32 +66,33 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (328): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
-        _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
-        SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
-        _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
-        _delay_s, _ask_policy, _Slot._run, Worker.settle, _carry_out, _postpone,
-        Worker._close, _dead_letter, _send_copy, _Held.move, _Holdings.finish,
-        _Holdings.release, _Holdings._decide, _Calls.answered, _Calls._deleted,
-        _Calls._delayed, _Calls._try_later, _Holdings.doubt, _Holdings.close,
-        _Holdings.end
-    2 (320): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+    1 (365): publish, _send_one, _Lane._conclude, _Lane._send_together, _accepted,
+        _send_all_ready, _partial_failure, _send_all, _in_batches, _one_round,
+        SqliteBroker.send, SqliteBroker._claim, SqliteBroker.delete, _SqliteFile.change,
+        _use_write_ahead_log, _AwsSender._batch, SqsBroker.send, SqsBroker.delete,
+        process, _verdict, _wanted, _delay_s, _ask_policy, _Slot._run, Worker.settle,
+        _carry_out, _postpone, Worker._close, _dead_letter, _send_copy, _Held.move,
+        _Holdings.finish, _Holdings.release, _Holdings._decide, _Calls.answered,
+        _Calls._deleted, _Calls._delayed, _Calls._try_later, _Holdings.doubt,
+        _Holdings.close, _Holdings.end, _Scheduler.send, _Ticker._move_on
+    2 (336): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
         SqsBroker.receive, _find_lease, _Poller._receive, _Intake.take, _Intake.close,
         _Course.take, _Course._release_if_stuck, _Backlog, _Call, _Leases,
-        _Holdings.take, _Holdings.start, _Holdings.release, _Holdings.release_waiting,
-        _Holdings._decide, _Holdings.expire, _Holdings.lose, _Calls.next,
-        _Calls.answered, _Calls._extended, _Calls._deleted, _Keeper._look,
+        _Holdings.take, _Holdings.start, _Holdings.start_more, _Holdings.release,
+        _Holdings.release_waiting, _Holdings._decide, _Holdings.expire, _Holdings.lose,
+        _Calls.next, _Calls.answered, _Calls._extended, _Calls._deleted, _Keeper._look,
         _Keeper._make, _Slot._run, _Slot._process, Worker._give_up, _Child.kill
     3 (110): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
-    4 (98): process, _run, _decode, _parse, _failed, _log_failed, _verdict, _is_invalid,
-        _text_of_invalid, _Slot._run, Worker.settle
-    5 (198): _run, _failed, _log_failed, _sentence, _what_follows, _name_of, _reason,
-        _in_one_line, _facts, _extra_of, _text_of_invalid, _shown, _mismatch,
-        _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details,
-        _explained, _explanation, _find_remedy, _Source.read, _call_safely, _log_again
-    6 (326): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
+    4 (106): process, _begin_run, _RunOfMany.begin, _decode, _parse, _failed,
+        _log_failed, _verdict, _is_invalid, _text_of_invalid, _Slot._run, Worker.settle
+    5 (214): _begin_run, _end_run, _failed, _log_failed, _sentence, _what_follows,
+        _name_of, _reason, _in_one_line, _facts, _extra_of, _text_of_invalid, _shown,
+        _mismatch, _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code,
+        _error_details, _explained, _explanation, _find_remedy, _Source.read,
+        _call_safely, _log_again
+    6 (329): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
         _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
@@ -3614,7 +3615,7 @@ class Call:
     def of(cls, message: Message, receipt: str | None) -> Call:
         """Return what a message asks for."""
         metadata = Metadata(message, receipt)
-        return cls(message.args, message.kwargs, metadata, dict(message.headers))
+        return cls(message.args, message.kwargs, metadata, dict(metadata.headers))
 
     def fail(self, error: BaseException) -> None:
         """Have this message end as if the task had raised an error for it alone.
@@ -4972,7 +4973,7 @@ _GATHER_S = 0.002
 # The same, as a part of the time that the last call took.
 _GATHER_PART = 0.2
 # How long a message waits for a call under way at most: that one may hang.
-_PATIENCE_S = 0.2
+_SHARE_WITHIN_S = 0.2
 _HELPER_IDLE_S = 1  # after which a helper ends
 
 
@@ -5034,7 +5035,7 @@ class _Sharing:
         parcels, _, is_full = self._next_call()
         if not parcels or len(self.under_way) >= self._max_calls:
             return False
-        if is_full or now >= parcels[0].since + _PATIENCE_S:
+        if is_full or now >= parcels[0].since + _SHARE_WITHIN_S:
             return True
         if self.under_way:
             return False
@@ -5045,7 +5046,7 @@ class _Sharing:
         parcels, _, _ = self._next_call()
         if not parcels or len(self.under_way) >= self._max_calls:
             return math.inf
-        patient_until = parcels[0].since + _PATIENCE_S
+        patient_until = parcels[0].since + _SHARE_WITHIN_S
         if self.under_way:
             return patient_until
         return min(patient_until, self._gather_until)
@@ -5999,15 +6000,19 @@ _batch_tasks: set[str] = set()  # their names; without any, nothing is decoded t
 def _find_batch_task(received: QueueMessage) -> str | None:
     """Return the name of a message's task if that is a batch task.
 
-    Messages of a FIFO queue are run one by one, for each waits for the one before.
+    A message of a FIFO queue waits for the one before it, and one with a time limit of
+    its own is killed by itself: neither runs with others.
     """
     if not _batch_tasks or received.is_fifo:
         return None
     try:
-        found = _decode(received.body).task
+        message = _decode(received.body)
+        options = message.task.options
     except ValidationError:
         return None  # process() will say what is wrong with it
-    return found.name if "batch" in found.options else None
+    if "batch" not in options or _options_of(message).time_limit is not None:
+        return None
+    return message.task_name
 
 
 def _most_together(received: QueueMessage) -> int:
@@ -6374,6 +6379,13 @@ class _Backlog:
                 return held
         return None
 
+    def like(self, first: _Held, now: float) -> Iterator[_Held]:
+        """Yield what may run together with a message of a batch task."""
+        for held in self._of[first.queue]:
+            is_like = held.message.batch_task == first.message.batch_task
+            if is_like and held.is_sure and now < held.lease_until:
+                yield held
+
 
 class _Holdings:
     """The messages that a worker holds, and what is due for them.
@@ -6407,12 +6419,6 @@ class _Holdings:
     def running(self) -> int:
         """How many runs are under way; messages that run together are one."""
         return len(self.held) - self.waiting - len(self.decided) - self._along
-
-    @property
-    def is_overdue(self) -> bool:
-        """Whether two full batches are decided and in no call: the keeper is behind."""
-        limit = 2 * _MAX_BATCH
-        return len(self.decided) >= limit and self.calls.left >= limit
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
@@ -6464,14 +6470,8 @@ class _Holdings:
         return held
 
     def start_more(self, first: _Held, most: int, now: float) -> list[_Held]:
-        """Start messages of the same batch task as one that was just started.
-
-        :param most: how many may run together
-        """
-        kind = (first.queue, first.message.batch_task)
-        waiting = [held for held in self.backlog if held.is_sure]
-        alike = [h for h in waiting if (h.queue, h.message.batch_task) == kind]
-        more = [held for held in alike if now < held.lease_until][: most - 1]
+        """Start others of a batch task, so that at most so many run with the first."""
+        more = list(itertools.islice(self.backlog.like(first, now), most - 1))
         for held in more:
             self.backlog.drop(held)
             held.begin(now)
@@ -6659,6 +6659,12 @@ class _Calls:
     def left(self) -> int:
         """How many messages are decided and in no call."""
         return sum(map(len, self._ends.values()))
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether two full batches are decided and in no call: the keeper is behind."""
+        limit = 2 * _MAX_BATCH
+        return len(self._all.decided) >= limit and self.left >= limit
 
     def add(self, held: _Held) -> None:
         """Have a message ended that is decided, once it is in no call."""
@@ -6941,7 +6947,7 @@ class _Keeper:
         if self._is_over or self._is_done(now):
             self._is_over = True
             return None
-        was_overdue = self.holdings.is_overdue
+        was_overdue = self.holdings.calls.is_overdue
         call = self.holdings.calls.next(now)
         if self.holdings.news or was_overdue:
             self.freed()  # a message was lost, or a call begins
@@ -7010,11 +7016,12 @@ class _Keeper:
 # Every thread of this file that outlives a call: pollers receive, slots run tasks (the
 # calling thread is one of them), one keeper changes messages on the queue, one heart
 # calls the heartbeat hook, one watch sees the signals and the grace. One lock guards
-# the holdings, the phase and the counts; _Course.move_on() alone moves the phase.
+# holdings, polls, phase and counts; _Course.move_on() alone moves the phase.
 
 _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
 _HURRIED_S = 1  # for acknowledgements after a second Ctrl-C
+_CLOSED_S = 5  # from one look to the next whether a queue may be received from again
 _HEART_S = 1  # for the last heartbeat: its hook may hang
 _MAX_NUM_MESSAGES = 100  # a worker keeps what waits for it from all others
 _MAX_POLLS = 12  # of a queue at once; those of four fit into botocore's pool of 50
@@ -7592,7 +7599,7 @@ class _Course:
         waiting, starts = holdings.backlog.counts(), math.inf
         if limits.max_tasks is not None:
             starts = limits.max_tasks - self._started - sum(waiting)
-        if self._paused == limits.slots or holdings.is_overdue:
+        if self._paused == limits.slots or holdings.calls.is_overdue:
             starts = 0
         free = limits.slots - self._paused - holdings.running
         return _Load(free, waiting, starts)
@@ -7983,9 +7990,13 @@ class _Poller:
             wait_s = min(wait_s, _SHORT_POLL_S)
         if self._intake.adds_helper(self._queue):
             self._start_helper()
-        messages = worker.broker.receive(
-            self._queue, poll.most, wait_s, lease.seconds, self._course.stop
-        )
+        messages: list[QueueMessage] = []
+        if all(may_receive(worker, self._queue) for may_receive in _gates):
+            messages = worker.broker.receive(
+                self._queue, poll.most, wait_s, lease.seconds, self._course.stop
+            )
+        else:  # as if the queue were empty
+            self._course.stop.wait(min(wait_s, _CLOSED_S))
         for message in messages:
             message.max_receive_count = lease.max_receive_count
             message.done_level = worker.done_level
@@ -8061,10 +8072,9 @@ class Worker:
     """Runs the messages of some queues, most urgent first, until it is stopped.
 
     The options are those of :func:`listen_for_messages`; time is passed in by `clock`,
-    and `wait_s` is how long a poll may take. Where runs go on after `grace_s`,
-    `on_overdue` is called with the ledger. `liveness_file` is touched after each poll
-    and round of leases. `done_level` is the level at which a run that returned is
-    logged. One worker runs once.
+    and `wait_s` is how long a poll may take. `on_overdue` gets the ledger where runs go
+    on after `grace_s`. Polls and rounds of leases touch `liveness_file`. A run that
+    returned is logged at `done_level`. No more than `max_workers` have one queue.
     """
 
     broker: Broker
@@ -8083,6 +8093,7 @@ class Worker:
     on_overdue: Callable[[Ledger], object] | None = None
     liveness_file: str | None = None
     done_level: int = logging.DEBUG
+    max_workers: int | None = None
     clock: Callable[[], float] = time.monotonic
     wait_s: float = _LONG_POLL_S
     event_loop: Any = None  # the application's own, for coroutines
@@ -8264,6 +8275,10 @@ class Worker:
 _before_work: list[Callable[[], object]] = []
 
 
+# Whether a worker may receive from a queue now: later parts have reasons why not.
+_gates: list[Callable[[Worker, str], bool]] = []
+
+
 def _check_before_work() -> None:
     """Raise ConfigurationError if a registered task can't be run here."""
     for check in _before_work:
@@ -8290,7 +8305,7 @@ def _check_options(worker: Worker) -> None:
 
 def _check_counts(worker: Worker) -> None:
     """Refuse numbers of messages, slots and runs that make no sense."""
-    for name in ("concurrency", "max_tasks", "max_tasks_per_child"):
+    for name in ("concurrency", "max_tasks", "max_tasks_per_child", "max_workers"):
         number = getattr(worker, name)
         if number is not None and number < 1:
             raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
@@ -9558,8 +9573,9 @@ class _Claims(typing.Protocol):
     """Who holds a key, until when.
 
     ``claim`` takes one of `most` places of a key for `for_s`, unless all are taken or
-    the key is done. ``finish`` has the key done for `keep_s`, whoever has it by now:
-    the run has been. ``release`` gives a place back, unless it is another's by now.
+    the key is done. ``extend`` has it end so long from now, and returns whether it is
+    still ours. ``release`` gives it back, unless it is another's by now. ``finish`` has
+    the key done for `keep_s`, whoever has it by now: the run has been.
 
     ``start`` notes that a message is about to run, unless another one's run of the same
     key started after this message was sent: then it returns False. The times are the
@@ -9569,6 +9585,8 @@ class _Claims(typing.Protocol):
     """
 
     def claim(self, key: str, for_s: float, most: int = 1) -> _Claim: ...
+    def extend(self, key: str, token: str, for_s: float) -> bool: ...
+    def is_done(self, key: str) -> bool: ...
     def finish(self, key: str, token: str, keep_s: float) -> None: ...
     def release(self, key: str, token: str) -> None: ...
     def start(
@@ -9670,6 +9688,27 @@ class _DynamoClaims(_AwsService, _Claims):
             if int(until["N"]) < now_ms:
                 free.append(place)
         return free
+
+    def extend(self, key: str, token: str, for_s: float) -> bool:
+        """Have a claim end so long from now, if it is still ours."""
+        place, _, owner = token.partition("-")
+        until_s = self._clock() + for_s
+        in_the_way = self._update(
+            key,
+            "SET #until = :until, #expiry = :ttl",
+            "#owner = :owner",
+            names={**_place_names(int(place)), "#expiry": "expiration"},
+            values={
+                ":owner": owner,
+                ":until": _to_ms(until_s),
+                ":ttl": math.ceil(until_s + _TTL_MARGIN_S),
+            },
+        )
+        return in_the_way is None
+
+    def is_done(self, key: str) -> bool:
+        """Tell, by a claim that ends at once: that takes no other permission."""
+        return self.claim(key, 0).is_done
 
     def finish(self, key: str, token: str, keep_s: float) -> None:
         """Have the key done for so long."""
@@ -9775,13 +9814,13 @@ _schemes["dynamodb"] = _DynamoClaims  # type: ignore[assignment]
 
 
 # A row for each claim. Of a start, the token is empty, for there is one for each key.
-_CLAIMS_SCHEMA = (
+_more_tables += [
     """CREATE TABLE IF NOT EXISTS claim (
     key TEXT NOT NULL, token TEXT NOT NULL, until_ms INTEGER NOT NULL,
     is_done INTEGER NOT NULL DEFAULT 0, message_id TEXT, started_ms INTEGER,
     PRIMARY KEY (key, token)) WITHOUT ROWID""",
     "CREATE INDEX IF NOT EXISTS claim_until ON claim (until_ms)",
-)
+]
 
 
 class _SqliteClaims(_Claims):
@@ -9798,10 +9837,20 @@ class _SqliteClaims(_Claims):
         values = (key, token, self._in_ms(for_s), key, now_ms, most)
         if self._change(insert, values):
             return _Claim(token)
+        return _Claim(is_done=self.is_done(key))
+
+    def extend(self, key: str, token: str, for_s: float) -> bool:
+        """Have a claim end so long from now, if it is still ours."""
+        update = "UPDATE claim SET until_ms = ? WHERE key = ? AND token = ?"
+        return self._change(update, (self._in_ms(for_s), key, token)) > 0
+
+    def is_done(self, key: str) -> bool:
+        """Tell, without a change to the file."""
         find = """SELECT count(*) FROM claim
             WHERE key = ? AND until_ms >= ? AND is_done"""
-        [[done]] = self._file.read(find, (key, now_ms))
-        return _Claim(is_done=done > 0)
+        self._file.open()
+        [[done]] = self._file.read(find, (key, self._in_ms()))
+        return bool(done)
 
     def finish(self, key: str, token: str, keep_s: float) -> None:
         """Have the key done for so long."""
@@ -9837,8 +9886,6 @@ class _SqliteClaims(_Claims):
         """Make a change; return how many rows it met. What is expired goes, too."""
         file = self._file
         file.open()
-        for part in _CLAIMS_SCHEMA:  # nothing, where they exist
-            file.change(part, ())
         file.change("DELETE FROM claim WHERE until_ms < ?", (self._in_ms(),))
         return file.change(statement, values)
 
@@ -9851,7 +9898,7 @@ class _SqliteClaims(_Claims):
 # Where a run has ended, and its claim can't be told, the claim ends by itself.
 
 
-__all__ += ["Limit", "limit"]
+__all__ += ["Limit", "is_paused", "limit", "pause", "resume"]
 
 _KEEP_S = 86_400  # how long `once` remembers, if keep_s does not say
 _LAMBDA_RUN_S = 900  # a function runs no longer
@@ -10085,7 +10132,8 @@ def _void_s(its_task: Task[Any, Any], received: QueueMessage) -> float:
     """Return after which time the claim of a run is void, for its worker has died."""
     if received.in_lambda:  # which has no regard for time limits
         return _LAMBDA_RUN_S + _SKEW_S
-    return (its_task.time_limit or received.lease_s) + _SKEW_S
+    own_s = _options_of(_message_of(received)).time_limit or 0
+    return max(own_s, its_task.time_limit or received.lease_s) + _SKEW_S
 
 
 def _wait_s(received: QueueMessage) -> float:
@@ -10152,11 +10200,131 @@ def _tell(operation: str, *values: object) -> None:
         _claim_faults.worked("claims", "end claims")
 
 
+# A queue: pauses, and how many workers it has.
+
+_LOOK_S = 20  # from one look at a pause or a worker's place to the next, at most
+_PLACE_S = 60  # that a worker's place lasts without an extension
+_FOR_EVER_S = 100 * 365 * 86_400
+_PAUSED_BY = "0-"  # the token of a pause: anybody may end it
+
+
+def pause(priority: Priority, *, for_s: float | None = None) -> None:
+    """Have all workers receive nothing from a queue, from at most 20 s on.
+
+    What they have received by then is run. Lambda knows nothing of it.
+
+    :param priority: of the queue
+    :param for_s: after how many seconds it goes on by itself; None for never
+    :raises ConfigurationError: on SQS, if TASKHAWK_CLAIMS_TABLE is not set
+    """
+    keep_s = _FOR_EVER_S if for_s is None else for_s
+    _find_claims().finish(_pause_key(_queue_of(priority)), _PAUSED_BY, keep_s)
+
+
+def resume(priority: Priority) -> None:
+    """Have workers receive from a queue again."""
+    past_s = -2  # DynamoDB has whole seconds
+    _find_claims().finish(_pause_key(_queue_of(priority)), _PAUSED_BY, past_s)
+
+
+def is_paused(priority: Priority) -> bool:
+    """Return whether a queue is paused."""
+    return _is_queue_paused(_queue_of(priority))
+
+
+def _is_queue_paused(queue: str) -> bool:
+    """Return whether a queue of this name is paused."""
+    if not _has_claims():
+        return False
+    return _find_claims().is_done(_pause_key(queue))
+
+
+def _queue_of(priority: Priority) -> str:
+    """Return the name of the queue of a priority."""
+    return _brokers.broker().destination(priority)
+
+
+def _pause_key(queue: str) -> str:
+    """Return the key that is done while a queue is paused."""
+    return f"pause:{_hash(queue)}"
+
+
+def _has_claims() -> bool:
+    """Return whether there is a place for claims, and so for pauses."""
+    if settings.TASKHAWK_BROKER == "sqs":
+        return bool(settings.TASKHAWK_CLAIMS_TABLE)
+    return True
+
+
+class _Gate:
+    """Whether one worker may receive from its queues, as its last look says."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._clock, self._most = worker.clock, worker.max_workers
+        self._why_not: dict[str, str] = {}  # by queue; "" where it may
+        self._looks_at: dict[str, float] = {}
+        self._tokens: dict[str, str] = {}  # of its places
+
+    def is_open(self, queue: str) -> bool:
+        """Return whether to receive from a queue; look at most every 10 to 20 s."""
+        now, why_not = self._clock(), self._why_not.get(queue, "")
+        if now < self._looks_at.get(queue, -math.inf):
+            return not why_not
+        self._looks_at[queue] = now + _jittered(_LOOK_S)  # no other thread looks, too
+        self._why_not[queue] = found = self._look(queue, why_not)
+        if found and not why_not:
+            _log.info("%s: receives nothing: %s", queue, found)
+        elif why_not and not found:
+            _log.info("%s: receives again", queue)
+        return not found
+
+    def _look(self, queue: str, before: str) -> str:
+        """Return why not to receive, or ""; if that can't be told, as before."""
+        try:
+            found = self._find_reason(queue)
+        except Exception as error:
+            _claim_faults.failed(queue, "look for a pause", _text_of(error))
+            if self._most is not None:  # others may take its place
+                return "it can't be told how many workers it has"
+            return before
+        _claim_faults.worked(queue, "look for a pause")
+        return found
+
+    def _find_reason(self, queue: str) -> str:
+        """Look at the claims."""
+        claims = _find_claims()
+        if claims.is_done(_pause_key(queue)):
+            return "it is paused"
+        if self._most is None:
+            return ""
+        key, token = f"workers:{_hash(queue)}", self._tokens.get(queue, "")
+        if token and claims.extend(key, token, _PLACE_S):
+            return ""
+        self._tokens[queue] = claims.claim(key, _PLACE_S, self._most).token
+        if self._tokens[queue]:
+            return ""
+        return f"it has {self._most} workers already"
+
+
+_gate_of = weakref.WeakKeyDictionary[Worker, _Gate]()
+
+
+def _may_receive(worker: Worker, queue: str) -> bool:
+    """Return whether a worker may receive from a queue now."""
+    if worker.max_workers is None and not _has_claims():
+        return True
+    gate = _gate_of.setdefault(worker, _Gate(worker))
+    return gate.is_open(queue)
+
+
+_gates.append(_may_receive)
+
+
 # --- 22. schedules --------------------------------------------------------------------
-# What the service sends later. A long delay is a one-time schedule of EventBridge
-# Scheduler that has the message and its id; dispatch returns once it is made, and
-# Scheduler deletes it once it is sent. A message that it can't deliver within a day
-# goes to the queue's dead-letter queue. SQLite's own delays have no limit.
+# What is sent later. A long delay is a one-time schedule of EventBridge Scheduler that
+# has the message and its id: dispatch returns once it is made. A periodic task has a
+# schedule, too; on SQLite any worker queues it, each firing once. What Scheduler can't
+# deliver within a day goes to the dead-letter queue. SQLite's own delays have no limit.
 # https://docs.aws.amazon.com/scheduler/latest/UserGuide/
 
 
@@ -10205,10 +10373,12 @@ def _target(arn: str, body: str, group_id: str | None) -> dict[str, Any]:
         "Input": body,
         "RetryPolicy": _DELIVERY,
     }
-    if ":sqs:" in arn and not _is_fifo(arn):  # which can't be such a queue
-        target["DeadLetterConfig"] = {"Arn": _dead_letter_name(arn)}
-    if ":sqs:" in arn and group_id is not None:
+    # By its model, Scheduler knows the groups of FIFO queues only, and sends what it
+    # can't deliver to no FIFO queue.
+    if _is_fifo(arn):
         target["SqsParameters"] = {"MessageGroupId": group_id}
+    elif ":sqs:" in arn:
+        target["DeadLetterConfig"] = {"Arn": _dead_letter_name(arn)}
     return target
 
 
@@ -10241,6 +10411,7 @@ class _Scheduler(_AwsSender):
 
     service, target_key = "scheduler", "GroupName"
     max_bytes, max_delay_s = _MAX_INPUT_BYTES, _LATER_S
+    shared_calls = 0  # a call makes one schedule
 
     def destination(self, priority: Priority) -> str:
         """Return the ARN of the queue or topic that the message goes to."""
@@ -10345,6 +10516,8 @@ class _Field(NamedTuple):
         """
         if re.fullmatch(self.foreign, text.upper()):
             return frozenset()
+        if text == "?":
+            text = "*"
         numbers: set[int] = set()
         for part in text.split(","):
             found = self._read_part(part)
@@ -10359,9 +10532,9 @@ class _Field(NamedTuple):
     def _read_part(self, part: str) -> range:
         """Return the numbers of a part of a list: one, a range, all, or steps of them.
 
-        None is for what is no such part.
+        There are none where it is no such part.
         """
-        found = re.fullmatch(r"(?:[*?]|(\w+)(?:-(\w+))?)(?:/([1-9][0-9]?))?", part)
+        found = re.fullmatch(r"(?:\*|(\w+)(?:-(\w+))?)(?:/([1-9][0-9]?))?", part)
         if found is None:
             return range(0)
         first, last, step = found.groups()
@@ -10397,6 +10570,7 @@ _FIELDS = (
     _Field("day-of-week", 1, 7, _WEEKDAYS, f"{_WEEKDAY}?L|{_WEEKDAY}#[1-5]"),
     _Field("year", 1970, 2199),
 )
+_MAX_RATE = 99_999  # of any unit: five digits, which are 273 years at most
 _UNITS_S = {"minute": 60, "hour": 3600, "day": 86_400}
 _EXPRESSIONS = "'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes"
 
@@ -10466,10 +10640,10 @@ class _Schedule:
 
 def _zone(name: str) -> Any:
     """Return a time zone; that of UTC needs no data of the system's."""
-    from zoneinfo import ZoneInfo
-
     if name == "UTC":
         return UTC
+    from zoneinfo import ZoneInfo
+
     return ZoneInfo(name)
 
 
@@ -10479,24 +10653,27 @@ def _parse_schedule(value: object, timezone: str) -> _Schedule:
     :raises _Illegal: if it is wrong: says what was expected
     """
     if isinstance(value, timedelta):
-        value = _rate_of(value)
+        minutes, rest = divmod(value, timedelta(minutes=1))
+        if rest or not 1 <= minutes <= _MAX_RATE:
+            raise _Illegal(f"expected whole minutes, from 1 to {_MAX_RATE}")
+        return _rate(minutes, "minute", timezone)
     if not isinstance(value, str):
         raise _Illegal(f"expected {_EXPRESSIONS}")
     rate = re.fullmatch(r"rate\(([1-9][0-9]{0,4}) (minute|hour|day)s?\)", value)
     if rate is not None:
-        return _Schedule(value, timezone, int(rate[1]) * _UNITS_S[rate[2]])
+        return _rate(int(rate[1]), rate[2], timezone)
     cron = re.fullmatch(r"cron\((.*)\)", value)
     if cron is None:
         raise _Illegal(f"expected {_EXPRESSIONS}")
     return _parse_cron(cron[1].split(), timezone)
 
 
-def _rate_of(interval: timedelta) -> str:
-    """Return the expression for an interval."""
-    minutes, rest = divmod(interval, timedelta(minutes=1))
-    if rest or not 1 <= minutes <= 99_999:  # noqa: PLR2004 - five digits, as in text
-        raise _Illegal("expected whole minutes, from 1 to 99999")
-    return f"rate({minutes} minute)" if minutes == 1 else f"rate({minutes} minutes)"
+def _rate(count: int, unit: str, timezone: str) -> _Schedule:
+    """Return the schedule of a rate; AWS wants the plural for all but 1."""
+    text = f"rate({count} {unit}s)"
+    if count == 1:
+        text = f"rate(1 {unit})"
+    return _Schedule(text, timezone, count * _UNITS_S[unit])
 
 
 def _parse_cron(texts: Sequence[str], timezone: str) -> _Schedule:
@@ -10711,6 +10888,15 @@ def _next_ms(schedule: _Schedule, now_ms: int) -> int:
     return (due - _EPOCH) // timedelta(milliseconds=1)
 
 
+def _refuse_foreign(task: Task[..., Any]) -> None:
+    """Raise ConfigurationError if AWS alone understands a task's schedule."""
+    if _schedule_of(task).is_foreign:
+        raise ConfigurationError(
+            f"{task.name} has schedule={task.options['schedule']!r}: L, W and # are"
+            " AWS's alone: expected numbers, lists, ranges and steps on SQLite"
+        )
+
+
 def _begin_ticking(
     worker: Worker, stop: threading.Event
 ) -> Callable[[], object] | None:
@@ -10722,11 +10908,7 @@ def _begin_ticking(
     if not tasks or not isinstance(worker.broker, SqliteBroker):
         return None
     for task in tasks.values():
-        if _schedule_of(task).is_foreign:
-            raise ConfigurationError(
-                f"{task.name} has schedule={task.options['schedule']!r}: L, W and # are"
-                " AWS's alone: expected numbers, lists, ranges and steps on SQLite"
-            )
+        _refuse_foreign(task)
     ticker = _Ticker(worker.broker, tasks.values(), stop)
     ticker.look()
     return ticker.run
@@ -11285,9 +11467,33 @@ def _read_dead_letter(scan: _Scan, received: QueueMessage) -> DeadLetter:
     return DeadLetter(scan, received, age_s, record, message)
 
 
+# What EventBridge Scheduler says of a message that it could not deliver:
+# https://docs.aws.amazon.com/scheduler/latest/UserGuide/configuring-schedule-dlq.html
+_UNDELIVERED = (
+    "ERROR_CODE",
+    "ERROR_MESSAGE",
+    "EXECUTION_ID",
+    "EXHAUSTED_RETRY_CONDITION",
+    "IS_PAYLOAD_TRUNCATED",
+    "RETRY_ATTEMPTS",
+    "SCHEDULED_TIME",
+    "SCHEDULE_ARN",
+    "TARGET_ARN",
+)
+
+
+def _is_undelivered(received: QueueMessage) -> bool:
+    """Return whether it is Scheduler that gave up a message."""
+    return "SCHEDULE_ARN" in received.message_attributes
+
+
 def _recorded_error(received: QueueMessage) -> dict[str, Any] | None:
-    """Return the error that a worker recorded in the attribute taskhawk.error."""
-    attribute = received.message_attributes.get(_ERROR_ATTRIBUTE, {})
+    """Return the error that a worker recorded, or Scheduler."""
+    attributes = received.message_attributes
+    if _is_undelivered(received):
+        code, text = [attributes.get(name, {}) for name in _UNDELIVERED[:2]]
+        return {"type": code.get("StringValue"), "message": text.get("StringValue")}
+    attribute = attributes.get(_ERROR_ATTRIBUTE, {})
     try:
         error = _DECODER.decode(attribute.get("StringValue", ""))
     except (ValueError, RecursionError):
@@ -11440,7 +11646,10 @@ class _Scan:
         copies = []
         for letter in letters:
             attributes = dict(letter.received.message_attributes)
-            for name in (_ERROR_ATTRIBUTE, _ATTEMPTS_ATTRIBUTE, _POSTPONED_ATTRIBUTE):
+            names = [_ERROR_ATTRIBUTE, _ATTEMPTS_ATTRIBUTE, _POSTPONED_ATTRIBUTE]
+            if _is_undelivered(letter.received):
+                names += _UNDELIVERED
+            for name in names:
                 attributes.pop(name, None)
             copies.append(letter.received.copy(attributes))
         refused = _send_all(self._broker, self._queue, copies)
@@ -11524,7 +11733,7 @@ def dead_letters(
     header: Mapping[str, Any] | None = None,
     older_than_s: float = 0,
     newer_than_s: float = math.inf,
-) -> Iterator[DeadLetter]:
+) -> Generator[DeadLetter, None, None]:
     """Yield the dead letters of a queue, each once, for as many as there are now.
 
     Those that the loop has come to are hidden from others, for ten minutes at most.
@@ -11546,7 +11755,7 @@ def dead_letters(
     return _letters_of(scan)
 
 
-def _letters_of(scan: _Scan) -> Iterator[DeadLetter]:
+def _letters_of(scan: _Scan) -> Generator[DeadLetter, None, None]:
     """Yield the dead letters of a scan, and show what is left when the loop ends."""
     with scan:
         yield from scan
@@ -11606,6 +11815,7 @@ _LETTERS_COMMAND = "python -m taskhawk dead-letters"
 _TOLD = "as the error says"  # how to fix the rest
 _ABSENT = "NonExistentQueue|QueueDoesNotExist|NotFound"  # codes of AWS, as patterns
 _FORBIDDEN = "AccessDenied.*|AuthorizationError"
+_NO_CLAIMS = f"{_FORBIDDEN}|ResourceNotFoundException"  # a table that is not there, too
 _RETENTION_S = 4 * 86_400  # SQS's own default
 # SQS counts from the first sending, so dead letters are kept for longer: for the most.
 _DEAD_RETENTION_S = 14 * 86_400
@@ -11630,6 +11840,7 @@ class _Counts(NamedTuple):
     in_flight: int
     delayed: int
     dead_letters: int | None  # None: no dead-letter queue, or no access to it
+    paused: bool = False
 
     @property
     def queued(self) -> int:
@@ -11650,7 +11861,8 @@ def _counts(broker: Broker, queue: str) -> _Counts | None:
     dead = broker.info(queue).dead_letter_queue
     dead_depth = find_depth(dead) if dead else None
     dead_letters = sum(dead_depth) if dead_depth else None
-    return _Counts(depth.visible, depth.in_flight, depth.delayed, dead_letters)
+    paused = _unless(_NO_CLAIMS, _is_queue_paused, queue) or False
+    return _Counts(depth.visible, depth.in_flight, depth.delayed, dead_letters, paused)
 
 
 def _count_all() -> dict[str, _Counts | None]:
@@ -11684,6 +11896,8 @@ def _table(counts: _AllCounts, rates: _Rates, *, in_color: bool) -> Iterator[str
         line += _dead_cell(found.dead_letters, in_color=in_color)
         if name in rates:
             line += f"{rates[name]:>+8.1f}/s"
+        if found.paused:
+            line += "  paused"
         if in_color:
             line += f"  {_bar(found, scale)}"
         yield line.rstrip()
@@ -12494,16 +12708,29 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
 
 def _check_state() -> Iterator[_Finding]:
     """Look at what claims, long delays and periodic tasks need."""
+    look = _check_state_on_aws
     if settings.TASKHAWK_BROKER != "sqs":
-        return
+        look = _check_state_in_file
     try:
-        for resource in [*_schedule_resources(), *_table_resources()]:
-            # Who checks need not be allowed to look at roles.
-            if not resource.kind.startswith("aws_iam"):
-                yield from _check_resource(resource)
-        yield from _check_abandoned()
+        yield from look()
     except Exception as error:
         yield _error(_text_of(error), "the rest can't be checked", _TOLD)
+
+
+def _check_state_in_file() -> Iterator[_Finding]:
+    """Look for schedules that SQLite does not understand."""
+    for task in _periodic_tasks().values():
+        _refuse_foreign(task)
+    yield from ()
+
+
+def _check_state_on_aws() -> Iterator[_Finding]:
+    """Look at schedules and tables."""
+    for resource in [*_schedule_resources(), *_table_resources()]:
+        # Who checks need not be allowed to look at roles.
+        if not resource.kind.startswith("aws_iam"):
+            yield from _check_resource(resource)
+    yield from _check_abandoned()
 
 
 # Why what is missing is an error, by Terraform's type.
@@ -12572,6 +12799,12 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
     if info is None:
         yield _error(f"{queue}: no such queue", "dispatch raises")
         return
+    if _unless(_NO_CLAIMS, _is_queue_paused, queue):
+        yield _warning(
+            f"{queue}: it is paused",
+            "workers receive nothing from it",
+            "run python -m taskhawk resume",
+        )
     tasks = _tasks_of(priority)
     yield from _check_time_limits(queue, info.visibility_timeout_s, tasks)
     if info.max_receive_count is None:
@@ -13272,6 +13505,12 @@ class _MeasuredWorker(Worker):
         metavar="S",
     ),
     _flag("--isolate", "run tasks in child processes"),
+    _option(
+        "--max-workers",
+        "receive only while fewer than N other workers have the queue",
+        type=_whole(1, _MAX_PLACES),
+        metavar="N",
+    ),
     _option("--liveness-file", "file to touch while the worker lives", metavar="PATH"),
     _option(
         "--emf",
@@ -13312,6 +13551,7 @@ def _listen(arguments: Any) -> bool:
         max_tasks=arguments.max_tasks,
         grace_s=arguments.grace_s,
         isolate=arguments.isolate,
+        max_workers=arguments.max_workers,
         liveness_file=arguments.liveness_file,
         done_level=logging.INFO,
         on_overdue=_exit_overdue,
@@ -13434,6 +13674,41 @@ def _cancel(arguments: Any) -> bool:
     is_cancelled = cancel(arguments.id)
     print("cancelled" if is_cancelled else "not found: it ran, or it is on its way")
     return not is_cancelled
+
+
+_PAUSED_QUEUES = _many("--priority", "queue (default: all)", choices=_PRIORITIES)
+
+
+@_command(
+    "pause",
+    _PAUSED_QUEUES,
+    _option(
+        "--for",
+        "after which time it goes on by itself: 90, 10m, 1h (default: never)",
+        type=_seconds(1),
+        dest="for_s",
+        metavar="S",
+    ),
+)
+def _pause(arguments: Any) -> None:
+    """Have workers receive nothing from a queue.
+
+    example: python -m taskhawk pause --priority bulk --for 10m
+    """
+    for priority in _priorities(arguments.priority or _PRIORITIES):
+        pause(priority, for_s=arguments.for_s)
+        print(f"{_queue_of(priority)}: paused")
+
+
+@_command("resume", _PAUSED_QUEUES)
+def _resume(arguments: Any) -> None:
+    """Have workers receive from a queue again.
+
+    example: python -m taskhawk resume --priority bulk
+    """
+    for priority in _priorities(arguments.priority or _PRIORITIES):
+        resume(priority)
+        print(f"{_queue_of(priority)}: resumed")
 
 
 @_command("tasks", _MODULES)
