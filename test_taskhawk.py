@@ -18111,9 +18111,12 @@ async def rush(what):
     print("rushed", what)
     return what
 
+results = []
+
 @task(takes_context=True)
 def look(context, *args, metadata, **headers):
     result = context.task_result
+    results.append(result)
     print(isinstance(context, TaskContext), context.attempt, result.status.name)
     print(args, metadata, headers, result.args, result.kwargs)
     print(result.enqueued_at <= result.started_at <= result.last_attempted_at)
@@ -18351,7 +18354,8 @@ default 1 acknowledge""",
     "context, and arguments of any name": (
         """look.enqueue(1, 2, metadata=3, headers=4, other=5)
 work()
-work()""",
+work()
+print([(r.status.name, len(r.errors), r.worker_ids[:-1]) for r in results])""",
         """True 1 RUNNING
 (1, 2) 3 {'headers': 4, 'other': 5} [1, 2] {'metadata': 3, 'headers': 4, 'other': 5}
 True
@@ -18359,7 +18363,8 @@ default 1 retry
 True 2 RUNNING
 (1, 2) 3 {'headers': 4, 'other': 5} [1, 2] {'metadata': 3, 'headers': 4, 'other': 5}
 True
-default 2 acknowledge""",
+default 2 acknowledge
+[('READY', 1, []), ('SUCCESSFUL', 0, ['unknown'])]""",
     ),
     "signals": (
         """watched(lambda: sell.enqueue("milk"))
