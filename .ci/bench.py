@@ -137,6 +137,7 @@ class Stub(asyncio.Protocol):
             attributes = {
                 "ApproximateReceiveCount": "1",
                 "SentTimestamp": "1460868253255",
+                "ApproximateFirstReceiveTimestamp": "1460868253255",
             }
             one = {
                 "MessageId": message[0],
@@ -159,6 +160,10 @@ class Stub(asyncio.Protocol):
             "Successful": [{"Id": e["Id"]} for e in request["Entries"]],
             "Failed": [],
         }
+
+    def updateitem(self, _request: dict[str, Any]) -> dict[str, Any]:
+        """Grant each claim of DynamoDB's."""
+        return {}
 
     def benchset(self, request: dict[str, Any]) -> dict[str, Any]:
         """Begin anew with so many messages and so much latency."""
@@ -235,8 +240,19 @@ taskhawk.configure(AWS_ENDPOINT_SQS=url, AWS_REGION="eu-west-1", TASKHAWK_QUEUE=
                    TASKHAWK_BROKER=broker, **keys)
 
 sleep_s = float(os.environ.get("BENCH_SLEEP_S", 0))
+options = {
+    "": {},
+    "isolate": {"isolate": True},
+    "once": {"once": True},
+    "unique": {"unique": True},
+    "limit": {"limit": taskhawk.limit(1000, every_s=60)},
+    "group": {"group": "to"},
+}[os.environ.get("BENCH_OPTION", "")]
+if options.keys() & {"once", "unique", "limit"}:
+    taskhawk.configure(taskhawk.settings.given, TASKHAWK_CLAIMS_TABLE="bench",
+                       AWS_ENDPOINT_DYNAMODB=url)
 
-@taskhawk.task(name="bench.job", isolate=bool(os.environ.get("BENCH_ISOLATE")))
+@taskhawk.task(name="bench.job", **options)
 def job(to, subject, from_email=None):
     if sleep_s:
         time.sleep(sleep_s)
@@ -614,13 +630,16 @@ class Bench:
         ours = functools.partial(self.compare, sides=("ours",))
         for concurrency in (1, 2):
             options = {"count": 5000, "most": 10, "concurrency": concurrency}
-            isolated = {"BENCH_ISOLATE": "1"}
+            isolated = {"BENCH_OPTION": "isolate"}
             ours(
                 f"consume, 10, isolated, {concurrency}",
                 "consume",
                 env=isolated,
                 **options,
             )
+        for option in ("once", "unique", "limit"):
+            name = f"consume, 10, {option}"
+            ours(name, "consume", env={"BENCH_OPTION": option}, count=1000, most=10)
         slow: Any = {"latency_s": 0.01, "figure": "wall_s"}
         for threads in (1, 8, 32):
             name, options = (
@@ -656,6 +675,10 @@ class Bench:
             sqlite(f"sqlite: dispatch, {number:,}")
             sqlite(f"sqlite: batched, {number:,}", batch=10)
             sqlite(f"sqlite: consume, {number:,}", batch=10, consume=True)
+        for option in ("once", "unique", "limit", "group"):
+            env = {"BENCH_OPTION": option}
+            options = {"kind": "sqlite", "count": 1000, "env": env}
+            ours(f"sqlite: consume, 1,000, {option}", consume=True, **options)
         for concurrency in (1, 10, 100):
             name = f"sqlite: coroutines of 100 ms, concurrency {concurrency}"
             options = {"count": 10 * concurrency, "concurrency": concurrency}
