@@ -137,6 +137,7 @@ class Stub(asyncio.Protocol):
             attributes = {
                 "ApproximateReceiveCount": "1",
                 "SentTimestamp": "1460868253255",
+                "ApproximateFirstReceiveTimestamp": "1460868253256",
             }
             one = {
                 "MessageId": message[0],
@@ -159,6 +160,9 @@ class Stub(asyncio.Protocol):
             "Successful": [{"Id": e["Id"]} for e in request["Entries"]],
             "Failed": [],
         }
+
+    def updateitem(self, _request: dict[str, Any]) -> dict[str, Any]:
+        return {}  # of DynamoDB: every condition holds
 
     def benchset(self, request: dict[str, Any]) -> dict[str, Any]:
         """Begin anew with so many messages and so much latency."""
@@ -231,15 +235,27 @@ import taskhawk
 url = f"http://127.0.0.1:{os.environ['BENCH_PORT']}"
 keys = {"AWS_ACCESS_KEY": "test", "AWS_SECRET_KEY": "test"}
 broker = os.environ.get("BENCH_BROKER", "sqs")
+state = os.environ.get("BENCH_STATE", "")
+if state:
+    keys |= {"AWS_ENDPOINT_DYNAMODB": url, "TASKHAWK_CLAIMS_TABLE": "claims"}
 taskhawk.configure(AWS_ENDPOINT_SQS=url, AWS_REGION="eu-west-1", TASKHAWK_QUEUE="bench",
                    TASKHAWK_BROKER=broker, **keys)
 
 sleep_s = float(os.environ.get("BENCH_SLEEP_S", 0))
+options = {}
+if state in ("once", "unique"):
+    options = {state: True}
+elif state == "lock":
+    options = {"limit": taskhawk.limit(1), "time_limit": 60}
+elif state == "rate":
+    options = {"limit": taskhawk.limit(10, every_s=60)}
 
-@taskhawk.task(name="bench.job", isolate=bool(os.environ.get("BENCH_ISOLATE")))
+@taskhawk.task(name="bench.job", **options)
 def job(to, subject, from_email=None):
     if sleep_s:
         time.sleep(sleep_s)
+
+job.isolate = bool(os.environ.get("BENCH_ISOLATE"))
 
 @taskhawk.task(name="bench.wait")
 async def wait():
@@ -621,6 +637,10 @@ class Bench:
                 env=isolated,
                 **options,
             )
+        for state in ("none", "once", "unique", "lock", "rate"):
+            env = {} if state == "none" else {"BENCH_STATE": state}
+            options = {"count": 1000, "most": 10, "env": {"BENCH_CPU": "0", **env}}
+            ours(f"state: consume, 10, {state}", "consume", **options)
         slow: Any = {"latency_s": 0.01, "figure": "wall_s"}
         for threads in (1, 8, 32):
             name, options = (
