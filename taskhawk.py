@@ -2277,7 +2277,8 @@ _LINE_START = -(10**15) // 2  # earlier versions put times below it: those come 
 _BEHIND = 2**62
 _JOIN = 0  # whatever is set to this joins the line; no clock has this time any more
 _SECOND_PLACE = f"""1 + max({_LINE_START}, coalesce((SELECT min(visible_ms)
-    FROM message WHERE queue = {{}} AND visible_ms < 0), {_LINE_START}))"""  # noqa: S608
+    FROM message WHERE queue = {{}} AND visible_ms < 0),
+    {_LINE_START}))"""  # noqa: S608
 _JOIN_LINE = f"""UPDATE message SET visible_ms = CASE
     WHEN queue GLOB '*{_FIFO}' AND queue NOT GLOB '*-DLQ{_FIFO}' AND EXISTS (
         SELECT 1 FROM message WHERE queue = new.queue AND group_id = new.group_id
@@ -2632,7 +2633,7 @@ class SqliteBroker(Broker):
             ORDER BY id"""
         rows = file.read(find, (queue, until_ms, token))
         max_receives = self.info(queue).max_receive_count
-        return [self._message(queue, row, max_receives) for row in rows]
+        return [_to_message(self, queue, row, max_receives) for row in rows]
 
     def _show(self, queue: str, now_ms: int) -> None:
         """Show for good the messages whose delay or visibility timeout has ended.
@@ -2649,30 +2650,6 @@ class SqliteBroker(Broker):
         show = """UPDATE message SET visible_ms = ?
             WHERE queue = ? AND visible_ms BETWEEN 0 AND ?"""
         self._file.change(show, (_JOIN, queue, now_ms))
-
-    def _message(
-        self, queue: str, row: Sequence[Any], max_receives: int | None
-    ) -> QueueMessage:
-        """Return a message that was just received."""
-        receipt, receive_count, sent_ms, attributes, body, message_id, *more = row
-        group, first_ms = more
-        system_attributes = {
-            "ApproximateReceiveCount": str(receive_count),
-            "SentTimestamp": str(sent_ms),
-            "ApproximateFirstReceiveTimestamp": str(first_ms),
-        }
-        if group is not None:
-            system_attributes["MessageGroupId"] = group
-        return QueueMessage(
-            body=body,
-            message_id=message_id,
-            receipt_handle=receipt,
-            attributes=system_attributes,
-            message_attributes=json.loads(attributes),
-            queue=queue,
-            broker=self,
-            max_receive_count=max_receives,
-        )
 
     def delete(
         self, queue: str, receipts: Sequence[str], *, retry: bool = False
@@ -2726,6 +2703,31 @@ class SqliteBroker(Broker):
         values = (now_ms, _BEHIND, now_ms, now_ms, _BEHIND, queue)
         [counts] = self._file.read(count, values)
         return Depth(*counts)
+
+
+def _to_message(
+    broker: SqliteBroker, queue: str, row: Sequence[Any], max_receives: int | None
+) -> QueueMessage:
+    """Return a message that was just received."""
+    receipt, receive_count, sent_ms, attributes, body, message_id, *more = row
+    group, first_ms = more
+    system_attributes = {
+        "ApproximateReceiveCount": str(receive_count),
+        "SentTimestamp": str(sent_ms),
+        "ApproximateFirstReceiveTimestamp": str(first_ms),
+    }
+    if group is not None:
+        system_attributes["MessageGroupId"] = group
+    return QueueMessage(
+        body=body,
+        message_id=message_id,
+        receipt_handle=receipt,
+        attributes=system_attributes,
+        message_attributes=json.loads(attributes),
+        queue=queue,
+        broker=broker,
+        max_receive_count=max_receives,
+    )
 
 
 def _marks(mark: str, values: Sequence[object]) -> str:

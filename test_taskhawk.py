@@ -1193,7 +1193,8 @@ def house_uses(node: ast.AST, own: frozenset[str] = frozenset()) -> Iterator[ast
         names = [each for each in ast.walk(node) if isinstance(each, ast.Name)]
         own |= {each.id for each in names if isinstance(each.ctx, ast.Store)}
         own |= {each.arg for each in ast.walk(node) if isinstance(each, ast.arg)}
-    if isinstance(node, ast.Name) and node.id not in own:
+    is_used = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    if is_used and node.id not in own:
         yield node
     for field, value in ast.iter_fields(node):
         if field not in ("annotation", "returns"):
