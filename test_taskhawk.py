@@ -17025,6 +17025,28 @@ class TestLimits:
         job.dispatch()
         assert getattr(work_once(broker), end) == 1
 
+    @pytest.mark.parametrize(
+        ("options", "sends"),
+        [({"limit": taskhawk.limit(1, every_s=60)}, 1), ({"unique": True}, 0)],
+    )
+    def test_lambda_event(self, lambda_sqs, options, sends):
+        """In Lambda behind SQS, claims work as in a worker: the second is sent anew."""
+        runs: list[int] = []
+        taskhawk.task(name="lambda.run", **options)(runs.append)
+        more = {
+            "AWS_ENDPOINT_DYNAMODB": lambda_sqs.url,
+            "TASKHAWK_CLAIMS_TABLE": CLAIMS_TABLE,
+        }
+        taskhawk.configure({**taskhawk.settings.given, **more})
+        item = {"in_progress_expiration": {"N": "9999999999999"}}
+        error = {"__type": "ConditionalCheckFailedException", "message": "no"}
+        refusal = (400, {}, json.dumps({**error, "Item": item}).encode())
+        lambda_sqs.script("UpdateItem", None, refusal)
+        assert lambda_consume(lambda_event(7, 7)) == (None, [])
+        copies = lambda_sqs.asked("SendMessage")
+        assert (runs, len(copies)) == ([7], sends)
+        assert all(5 <= copy["DelaySeconds"] <= 10 for copy in copies)
+
     def test_lambda(self, lambda_sqs, lambda_runs, sqlite):
         """A function's claim lasts as long as a function may run, whatever its time limit."""
         job = taskhawk.task(name="lambda.slow", time_limit=5, limit=taskhawk.limit(1))(
