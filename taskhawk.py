@@ -4569,8 +4569,6 @@ class AsyncInvocation(Generic[_P]):
         :param time_limit: seconds until a worker kills the run, which it isolates for
             that; None leaves it as it is
         :raises TypeError: if one is none of these: a function of yours can't be sent
-        :raises ConfigurationError: if a batch task is given a time limit, for its
-            messages run together
         """
         options = dict(self._headers.get(_OPTIONS_HEADER, {}))
         if retry is not None:
@@ -4585,11 +4583,6 @@ class AsyncInvocation(Generic[_P]):
                 raise TypeError(
                     "time_limit: expected a number of seconds above 0, got"
                     f" {time_limit!r}"
-                )
-            if "batch" in self.task.options:
-                raise ConfigurationError(
-                    f"{self.task.name}: a batch task's messages run together: set its"
-                    " time_limit where it is declared"
                 )
             options["time_limit"] = time_limit
         return self.with_headers(**{_OPTIONS_HEADER: options})
@@ -8964,7 +8957,7 @@ class _Child:
             return None  # process() will say what is wrong with it
         if name in self._isolated:
             return message
-        if _own_limit_s(message) is not None and self._can_isolate(name):
+        if _options_of(message).time_limit is not None and self._can_isolate(name):
             return message
         return None
 
@@ -9023,7 +9016,7 @@ class _Child:
     ) -> list[Outcome]:
         """Return how a run that began has ended; none if the grace is over."""
         name, began = message.task.name, time.monotonic()
-        limit_s = _own_limit_s(message) or message.task.time_limit
+        limit_s = _options_of(message).time_limit or message.task.time_limit
         failure: TaskhawkError
         try:
             answers = running.hear("ended", began + (limit_s or math.inf))
@@ -9054,16 +9047,6 @@ class _Child:
         how = self._process.end(within_s)
         self._process = None  # only now: kill() may be called while it ends
         return how
-
-
-def _own_limit_s(message: Message) -> float | None:
-    """Return the time limit of one message; a batch task's run together, and have none.
-
-    A message of the queue may say so all the same.
-    """
-    if "batch" in message.task.options:
-        return None
-    return _options_of(message).time_limit
 
 
 class _ChildProcess:

@@ -8780,22 +8780,6 @@ class TestOptions:
         """A function can't be sent, and a limit is a number of seconds."""
         assert refused(mail.with_options, error=TypeError, **options) == sentence
 
-    def test_batch_task(self):
-        """The messages of a batch task run together: none has a limit of its own."""
-
-        @taskhawk.task(name="index", batch=5)
-        def index(calls):
-            """Do nothing."""
-
-        assert refused(index.with_options, time_limit=5) == (
-            "index: a batch task's messages run together: set its time_limit where it is"
-            " declared"
-        )
-        options = {"taskhawk.options": {"time_limit": 5}}
-        message = Message(json.loads(processing_body("index", headers=options)))
-        assert taskhawk._own_limit_s(message) is None
-        index.with_options(retry=POLICY)
-
 
 # === PART IV: WORK ====================================================================
 
