@@ -10814,7 +10814,7 @@ _SCHEDULE_TABLE = (
     END""",  # noqa: S608 - no value is in it
 )
 _NEVER_MS = 10**15
-_LONGEST_WAIT_S = 60  # a machine may sleep meanwhile, which no wait notices
+_LONGEST_NAP_S = 60  # a machine may sleep meanwhile, which no wait notices
 
 
 class _Ticker:
@@ -10846,7 +10846,7 @@ class _Ticker:
             if left_s <= 0:
                 self.look()
             else:
-                self._stop.wait(min(left_s, _LONGEST_WAIT_S))
+                self._stop.wait(min(left_s, _LONGEST_NAP_S))
 
     def look(self) -> None:
         """Queue what is due; where that fails, say so once and try again later."""

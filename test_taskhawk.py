@@ -1396,6 +1396,17 @@ class TestHouse:
         tests = house_banners(Path(__file__).read_text(encoding="utf-8"))
         assert [(number, title) for _, number, title in tests if number] == banners
 
+    def test_each_name_once(self):
+        """No name of the module means one thing above a room and another below it."""
+        targets = [
+            target
+            for node in ast.parse(house_source()).body
+            if isinstance(node, (ast.Assign, ast.AnnAssign))
+            for target in getattr(node, "targets", [getattr(node, "target", None)])
+        ]
+        names = collections.Counter(ast.unparse(target) for target in targets)
+        assert [name for name, count in names.items() if count > 1] == []
+
     @pytest.mark.slow
     def test_docstring(self, tmp_path):
         """The module's docstring is one sentence, then a quickstart that runs as it stands."""
