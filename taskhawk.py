@@ -13301,7 +13301,7 @@ class _DemoWorker(Worker):
         if outcome.error:
             line += f": {outcome.error}"
         if outcome.delay_s is not None:
-            line += f"; again in {outcome.delay_s:g} s"
+            line += f"; again in {outcome.delay_s:.2g} s"
         print(line)
 
 
@@ -13353,8 +13353,32 @@ def _play() -> bool:
     print("\nThe bug in demo.divide is fixed, and its dead letter sent back:")
     print(f"{'requeued':15}{requeue_dead_letter(Priority.default)} message")
     second = work().run()
-    print(f"\nThe ledgers of the two workers:\n  {first}\n  {second}")
-    return (first.dead_lettered, second.acked) != (1, 1)
+    third = _play_in_turn(work)
+    print(f"\nThe ledgers of the three workers:\n  {first}\n  {second}\n  {third}")
+    ends = first.dead_lettered, second.acked, third.acked, third.postponed
+    return ends != (1, 1, 1, 1)
+
+
+def _play_in_turn(work: Callable[..., Worker]) -> Ledger:
+    """Show a limit, a cancelled message and a schedule; return the worker's ledger."""
+
+    @task(name="demo.sync", limit=limit(1, per=("customer",), every_s=60))
+    def sync(customer: str) -> None:
+        print(f"{'':29}{customer} is in step again")
+
+    print("\ndemo.sync may run once a minute for each customer:")
+    ids = [sync.dispatch("Ann") for _ in range(2)]
+    ledger = work(until_empty=False, loop_count=1).run()
+    if cancel(ids[1]):
+        print(f"{'cancelled':15}{sync.name:14}{ids[1]}")
+
+    @task(name="demo.report", schedule="cron(0 9 ? * MON-FRI *)")
+    def report() -> None:
+        """Be declared: the demo does not wait until it is due."""
+
+    row = _row_of(report)
+    print(f"{'scheduled':15}{report.name:14}{row['schedule']}: due {row['next']}")
+    return ledger
 
 
 _EMF_EVERY_S = 60  # the resolution of CloudWatch's standard metrics

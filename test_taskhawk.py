@@ -20925,6 +20925,10 @@ class TestCommandLine:
         assert result.stderr == ""
         shown = re.sub(MESSAGE_ID, "ID", result.stdout)
         shown = re.sub(r"A queue in \S+queue\.db", "A queue in FILE", shown)
+        shown = re.sub(
+            r"again in [5-9]\.?\d* s|again in 10 s", "again in 5-10 s", shown
+        )
+        shown = re.sub(r"due \S+T09:00:00\+00:00", "due at 9", shown)
         for line in (
             "A queue in FILE: the real broker, and a real worker.",
             "dispatched     demo.greet    ID",
@@ -20941,6 +20945,12 @@ class TestCommandLine:
             "ran            demo.divide   attempt 1",
             "  5 received, 2 acked, 2 retried, 1 dead-lettered, 0 postponed, 0 released, 0 uncertain",
             "  1 received, 1 acked, 0 retried, 0 dead-lettered, 0 postponed, 0 released, 0 uncertain",
+            "                             Ann is in step again",
+            "ran            demo.sync     attempt 1",
+            "postponed      demo.sync     attempt 1: its limit is reached; again in 5-10 s",
+            "cancelled      demo.sync     ID",
+            "scheduled      demo.report   cron(0 9 ? * MON-FRI *): due at 9",
+            "  2 received, 1 acked, 0 retried, 0 dead-lettered, 1 postponed, 0 released, 0 uncertain",
         ):
             assert line in shown.splitlines()
         assert [path.name for path in commands.folder.iterdir()] == ["job.py"]
