@@ -10035,6 +10035,7 @@ class TestBatchTasks:
                 assert outcome.error is error or type(outcome.error) is LookupError
                 trace = traceback.format_exception(outcome.error)
                 assert sum(line.count("in index") for line in trace) == (not error)
+                assert "in _end_run" not in "".join(trace)  # for it would grow
         delays = [outcome.delay_s for outcome in outcomes]
         assert delays == [7 if call == "later" else None for call in calls.split()]
 
@@ -13421,6 +13422,16 @@ class TestBatchesOfAWorker:
         ledger = worker_broker.work(num_messages=10, concurrency=2)
         assert ledger == taskhawk.Ledger(received=9, acked=9)
 
+    def test_next_batch(self, worker_broker):
+        """While a batch runs, those that are to run next are received."""
+
+        @taskhawk.task(batch=10, name="shop.index")
+        def index(calls: list[taskhawk.Call]) -> None:
+            worker_eventually(lambda: len(worker_broker.made("receive")) > 1)
+
+        worker_broker.put(index, *[()] * 25)
+        assert worker_broker.work(num_messages=10).acked == 25
+
     def test_interrupted(self, worker_broker, together):
         """What ends the worker leaves all of them to the queue."""
         index = taskhawk.Task.find_by_name("shop.index")
@@ -13627,6 +13638,26 @@ class TestCoroutines:
         finally:
             signal.signal(signal.SIGUSR1, before)
         assert ended == [1]
+
+    def test_interrupted_alone(self):
+        """Where others go on on the loop, what was interrupted is cancelled at once."""
+        event_loop, ended = taskhawk._EventLoop(), []
+
+        async def wait() -> None:
+            try:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                await asyncio.sleep(WORKER_PATIENCE_S)
+            finally:
+                ended.append(1)
+
+        before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit("told to"))
+        try:
+            with event_loop.in_this_thread():
+                with pytest.raises(SystemExit, match=r"^told to$"):
+                    event_loop.run(wait())
+                worker_eventually(lambda: ended)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
 
     def test_no_loop(self, worker_broker, act, caplog, monkeypatch):
         """A loop that can't be made fails the run, and the next one has it."""
