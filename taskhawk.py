@@ -10156,7 +10156,10 @@ def _wait_s(received: QueueMessage) -> float:
     A look costs a receive, a claim, a copy and a delete. The longer a message waits,
     the fewer looks; after some minutes that is one request in thirty seconds.
     """
-    doublings = min(received.postponed, 10)
+    looks = received.postponed
+    if received.is_fifo:  # it can't be postponed: each look is a receive that counts
+        looks = received.receive_count - 1
+    doublings = min(looks, 10)
     return _jittered(min(_FIRST_WAIT_S * 2**doublings, _LONGEST_WAIT_S))
 
 
@@ -10218,6 +10221,7 @@ def _tell(operation: str, *values: object) -> None:
 
 _LOOK_S = 20  # from one look at a pause or a worker's place to the next, at most
 _PLACE_S = 60  # that a worker's place lasts without an extension
+_KEEP_EVERY_S = 5  # a look at which places are to be extended; most are not yet
 _FOR_EVER_S = 100 * 365 * 86_400
 _PAUSED_BY = "0-"  # the token of a pause: anybody may end it
 
@@ -10292,6 +10296,13 @@ class _Gate:
             _log.info("%s: receives again", queue)
         return not found
 
+    def keep(self, stop: threading.Event) -> None:
+        """Keep its places while it is too busy to receive; the body of a thread."""
+        while not stop.wait(_KEEP_EVERY_S):
+            for queue, token in [*self._tokens.items()]:
+                if token:
+                    self.is_open(queue)
+
     def _look(self, queue: str, before: str) -> str:
         """Return why not to receive, or ""; if that can't be told, as before."""
         try:
@@ -10331,7 +10342,18 @@ def _may_receive(worker: Worker, queue: str) -> bool:
     return gate.is_open(queue)
 
 
+def _begin_keeping(
+    worker: Worker, stop: threading.Event
+) -> Callable[[], object] | None:
+    """Have a worker keep its places, also while all that it may run is running."""
+    if worker.max_workers is None:
+        return None
+    gate = _gate_of.setdefault(worker, _Gate(worker))
+    return functools.partial(gate.keep, stop)
+
+
 _gates.append(_may_receive)
+_beside_workers.append(_begin_keeping)
 
 
 # --- 22. schedules --------------------------------------------------------------------

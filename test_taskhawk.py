@@ -16863,6 +16863,21 @@ class TestLimits:
             assert fourth - first >= 60
         assert starts[-1] - starts[0] <= 3 * 60 + 4 * 160
 
+    @pytest.mark.parametrize(
+        ("looks", "wait_s"), [(0, 10), (1, 20), (3, 80), (4, 160), (99, 160)]
+    )
+    def test_waits(self, isolated, looks, wait_s):
+        """Who waits looks less and less often; on a FIFO queue, as receives go by."""
+        count = {"DataType": "String", "StringValue": str(looks)}
+        postponed = QueueMessage("", "1", queue="Q")
+        postponed.message_attributes = {"taskhawk.postponed": count}
+        received = QueueMessage("", "1", queue="Q.fifo")
+        received.attributes = {"ApproximateReceiveCount": str(looks + 1)}
+        for message in (postponed, received):
+            waits_s = [taskhawk._wait_s(message) for _ in range(100)]
+            assert wait_s / 2 <= min(waits_s) <= max(waits_s) <= wait_s
+            assert max(waits_s) > wait_s * 0.75
+
     def test_lock(self, state):
         """While one runs, the others of its customer wait, and only they."""
         runs: list[Any] = []
@@ -17148,6 +17163,32 @@ class TestPauses:
         assert caplog.messages[-1] == (
             "Q: receives nothing: it can't be told how many workers it has"
         )
+
+    def test_busy_worker(self, stored):
+        """A worker that runs something for long keeps its place, and no other's."""
+        broker, clock = stored
+        one, two = (
+            taskhawk.Worker(broker, ["Q", "R"], max_workers=1, clock=clock)
+            for _ in range(2)
+        )
+        assert taskhawk._may_receive(one, "Q")
+        assert taskhawk._may_receive(two, "R")
+        assert not taskhawk._may_receive(one, "R")
+
+        class Stop(threading.Event):
+            left = 120  # waits of 5 s, which are ten minutes
+
+            def wait(self, timeout: float | None = None) -> bool:
+                clock.now += timeout or 0
+                self.left -= 1
+                return self.left < 0
+
+        keep = taskhawk._begin_keeping(one, Stop())
+        assert keep is not None
+        keep()
+        assert not taskhawk._may_receive(two, "Q")
+        assert taskhawk._may_receive(one, "R")  # nobody has kept that of the other
+        assert taskhawk._begin_keeping(taskhawk.Worker(broker, ["Q"]), NEVER) is None
 
     def test_no_table(self, aws):
         """Without a table, a worker looks nowhere; a pause says what is missing."""
