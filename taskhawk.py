@@ -12425,10 +12425,6 @@ _RECEIVE = (
 )
 _SCHEDULE = "scheduler:CreateSchedule scheduler:DeleteSchedule"
 _LOOK_AT_TABLE = "dynamodb:DescribeTable dynamodb:DescribeTimeToLive"
-_LOOK_AT_SCHEDULES = (
-    "scheduler:GetScheduleGroup scheduler:GetSchedule"
-    " scheduler:ListSchedules scheduler:DeleteSchedule"
-)
 _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter queues
     ("publisher", "aws_sns_topic", "sns:Publish"),
     ("publisher", "aws_sqs_queue", _SEND),
@@ -12436,26 +12432,27 @@ _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter
     ("worker", "DLQ", _SEND),
     # No sqs:GetQueueUrl: the URL is put together from the event's ARN.
     ("lambda", "aws_sqs_queue", f"{_RECEIVE} sqs:SendMessage"),
-    ("publisher", "aws_scheduler_schedule_group", _SCHEDULE),
+    ("publisher", "schedules", _SCHEDULE),
     ("publisher", "aws_iam_role", "iam:PassRole"),
     ("worker", "aws_dynamodb_table", "dynamodb:UpdateItem"),
     ("lambda", "aws_dynamodb_table", "dynamodb:UpdateItem"),
     ("operator", "aws_sns_topic", "sns:ListSubscriptionsByTopic"),
     ("operator", "aws_sqs_queue", f"{_SEND} sqs:GetQueueAttributes"),
     ("operator", "DLQ", f"{_RECEIVE} sqs:GetQueueUrl"),
-    ("operator", "aws_scheduler_schedule_group", _LOOK_AT_SCHEDULES),
-    ("operator", "aws_dynamodb_table", _LOOK_AT_TABLE),
+    ("operator", "schedules", "scheduler:GetSchedule scheduler:DeleteSchedule"),
+    ("operator", "aws_scheduler_schedule_group", "scheduler:GetScheduleGroup"),
+    ("operator", "all schedules", "scheduler:ListSchedules"),
+    # It pauses queues, and looks whether they are paused.
+    ("operator", "aws_dynamodb_table", f"{_LOOK_AT_TABLE} dynamodb:UpdateItem"),
 ]
 
 
 def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
     """Write the least policies, by role."""
     arns: dict[str, list[str]] = {}
-    granted = {kind for _, kind, _ in _GRANTS}
     for resource in resources:
-        kind = "DLQ" if _is_dead_letter_queue(resource.name) else resource.kind
-        if kind in granted:
-            arns.setdefault(kind, []).append(_arn_of(resource))
+        for kind, arn in _grantable(resource):
+            arns.setdefault(kind, []).append(arn)
     policies: dict[str, Any] = {}
     for role, kind, actions in _GRANTS:
         if kind in arns:
@@ -12472,17 +12469,29 @@ def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
     return policies
 
 
-def _arn_of(resource: _Resource) -> str:
-    """Return the ARN by which a policy names a resource, or what is in it."""
-    if resource.kind == "aws_iam_role":
-        return _scheduler_role()
-    service, _ = _PROVIDERS[resource.kind]
-    name = resource.name
-    if resource.kind == "aws_scheduler_schedule_group":
-        name = f"schedule/{name}/*"
-    if resource.kind == "aws_dynamodb_table":
-        name = f"table/{name}"
-    return str(_brokers.get(service).arn(name))
+def _grantable(resource: _Resource) -> Iterator[tuple[str, str]]:
+    """Yield what rights can be granted on, as _GRANTS calls it, and its ARN."""
+    kind, name = resource.kind, resource.name
+    if kind == "aws_iam_role":
+        yield kind, _scheduler_role()
+    if kind not in _ARN_PREFIXES:
+        return
+    service, _ = _PROVIDERS[kind]
+    arn = _brokers.get(service).arn
+    if _is_dead_letter_queue(name):
+        kind = "DLQ"
+    yield kind, arn(_ARN_PREFIXES[resource.kind] + name)
+    if kind == "aws_scheduler_schedule_group":
+        yield "schedules", arn(f"schedule/{name}/*")
+        yield "all schedules", "*"  # a list is of no resource, says AWS
+
+
+_ARN_PREFIXES = {
+    "aws_sqs_queue": "",
+    "aws_sns_topic": "",
+    "aws_dynamodb_table": "table/",
+    "aws_scheduler_schedule_group": "schedule-group/",
+}
 
 
 class _Watched(NamedTuple):
@@ -12747,6 +12756,10 @@ def _check_state() -> Iterator[_Finding]:
     look = _check_state_on_aws
     if settings.TASKHAWK_BROKER != "sqs":
         look = _check_state_in_file
+    try:
+        _check_before_work()
+    except ConfigurationError as error:
+        yield _error(str(error), "workers do not start", _TOLD)
     try:
         yield from look()
     except Exception as error:
