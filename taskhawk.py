@@ -10484,13 +10484,33 @@ class _Scheduler(_AwsSender):
 
     def delete(self, name: str) -> bool:
         """Delete a schedule; return whether it was there."""
+        return self._call_on(name, "delete_schedule") is not None
+
+    def cancel(self, name: str) -> bool:
+        """Delete a message's schedule; return whether it can't have been sent.
+
+        Once it is due, it is left alone: it is sent, or was and is still listed, or it
+        is tried again, and is not to be lost.
+        """
+        found = self._call_on(name, "get_schedule")
+        if found is None or _is_due(found["ScheduleExpression"]):
+            return False
+        return self.delete(name) and not _is_due(found["ScheduleExpression"])
+
+    def _call_on(self, name: str, operation: str) -> Any:
+        """Make a call for a schedule; return its answer, None if there is none."""
         try:
-            self.call("send", "delete_schedule", _schedule_group(), Name=name)
+            return self.call("send", operation, _schedule_group(), Name=name)
         except Exception as error:
             if _error_code(error) != "ResourceNotFoundException":
                 raise
-            return False
-        return True
+            return None
+
+
+def _is_due(at: str) -> bool:
+    """Return whether a message may have been sent, by what :func:`_at` made of it."""
+    soon = datetime.now(UTC) + timedelta(seconds=_SKEW_S)  # AWS's clock is another
+    return at <= f"at({soon:%Y-%m-%dT%H:%M:%S})"
 
 
 _schemes["schedule"] = _Scheduler
@@ -10500,18 +10520,20 @@ def cancel(message_id: str) -> bool:
     """Delete a message that waits for the end of its delay.
 
     On SQS and SNS it is its schedule that is deleted: what a queue itself delays, up to
-    15 minutes on SQS, can't be cancelled. Nor can what runs or has run.
+    15 minutes on SQS, can't be cancelled. Nor can what runs, has run or was postponed:
+    by the option `unique`, it may stand for other messages, which were ignored.
 
     :param message_id: what dispatch returned
-    :returns: whether the message was still waiting: now it will never run
-    :raises ConfigurationError: if schedules may not be deleted
+    :returns: whether the message was still waiting: now it will never run. If it is
+        due within seconds, that is False.
+    :raises ConfigurationError: if schedules may not be read and deleted
     :raises Exception: of botocore or sqlite3, if the call fails otherwise; the message
         may have been deleted then
     """
     sender = _brokers.sender()
     if isinstance(sender, _AwsSender):
         scheduler: _Scheduler = _brokers.get("schedule")
-        return scheduler.delete(_schedule_name(message_id))
+        return scheduler.cancel(_schedule_name(message_id))
     if isinstance(sender, SqliteBroker):
         return _cancel_in_file(sender, message_id)
     return False  # in sync mode and in capture(), nothing waits
@@ -10523,9 +10545,11 @@ def _cancel_in_file(broker: SqliteBroker, message_id: str) -> bool:
     beginning = _ENCODER.encode({"id": message_id})[:-1] + ","  # of each body
     delete = "DELETE FROM message WHERE"
     where = f"""queue IN ({_marks("?", queues)}) AND visible_ms > ?
-        AND visible_ms < ? AND receipt IS NULL AND substr(body, 1, ?) = ?"""
+        AND visible_ms < ? AND receipt IS NULL AND instr(attributes, ?) = 0
+        AND substr(body, 1, ?) = ?"""
     now_ms = broker._in_ms()  # noqa: SLF001
-    values = (*queues, now_ms, _BEHIND, len(beginning), beginning)
+    postponed = json.dumps(_POSTPONED_ATTRIBUTE)
+    values = (*queues, now_ms, _BEHIND, postponed, len(beginning), beginning)
     file = broker._file  # noqa: SLF001 - both are of this very file
     return file.change(f"{delete} {where}", values) > 0
 
@@ -12423,7 +12447,8 @@ _RECEIVE = (
     "sqs:ReceiveMessage sqs:DeleteMessage"
     " sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
 )
-_SCHEDULE = "scheduler:CreateSchedule scheduler:DeleteSchedule"
+_CANCEL = "scheduler:GetSchedule scheduler:DeleteSchedule"
+_SCHEDULE = f"scheduler:CreateSchedule {_CANCEL}"
 _LOOK_AT_TABLE = "dynamodb:DescribeTable dynamodb:DescribeTimeToLive"
 _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter queues
     ("publisher", "aws_sns_topic", "sns:Publish"),
@@ -12439,7 +12464,7 @@ _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter
     ("operator", "aws_sns_topic", "sns:ListSubscriptionsByTopic"),
     ("operator", "aws_sqs_queue", f"{_SEND} sqs:GetQueueAttributes"),
     ("operator", "DLQ", f"{_RECEIVE} sqs:GetQueueUrl"),
-    ("operator", "schedules", "scheduler:GetSchedule scheduler:DeleteSchedule"),
+    ("operator", "schedules", _CANCEL),
     ("operator", "aws_scheduler_schedule_group", "scheduler:GetScheduleGroup"),
     ("operator", "all schedules", "scheduler:ListSchedules"),
     # It pauses queues, and looks whether they are paused.

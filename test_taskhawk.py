@@ -17637,6 +17637,42 @@ class TestCancel:
         received.change_visibility(VisibilityTimeout=60)
         assert taskhawk.cancel(message_id) is False
 
+    @pytest.mark.parametrize(
+        ("due_in_s", "code", "is_cancelled"),
+        [
+            (3600, None, True),
+            (3600, "ResourceNotFoundException", False),
+            (2, "never called", False),
+            (-3600, "never called", False),
+        ],
+    )
+    def test_due(self, stubbed, due_in_s, code, is_cancelled):
+        """A schedule that is due may have been sent: it is left alone, for it may not yet."""
+        due = datetime.now(UTC) + timedelta(seconds=due_in_s)
+        at = f"at({due:%Y-%m-%dT%H:%M:%S})"
+        stubbed.add_response("get_schedule", {"ScheduleExpression": at})
+        if code is None:
+            stubbed.add_response("delete_schedule", {})
+        elif code != "never called":
+            stubbed.add_client_error("delete_schedule", code)
+        assert taskhawk.cancel("some-id") is is_cancelled
+        stubbed.assert_no_pending_responses()
+
+    def test_postponed(self, stored):
+        """What was postponed may stand for others that were ignored: it is to run."""
+        broker, clock = stored
+        busy = {"limit": taskhawk.limit(1), "time_limit": 60, "unique": True}
+        job = taskhawk.task(name="mail.send", **busy)(nothing)
+        job.isolate = False
+        taskhawk._find_claims().claim(taskhawk._key(job, "limit", {}), 30)
+        ids = [job.dispatch() for _ in range(2)]
+        clock.now += 1
+        ledger = work_once(broker)
+        assert (ledger.postponed, ledger.acked) == (1, 1)
+        assert [taskhawk.cancel(each) for each in ids] == [False, False]
+        clock.now += 60
+        assert work_once(broker).acked == 1
+
     def test_command(self, tmp_path, mail, capsys):
         """The commands dispatch with a delay of days, and cancel by the id that was printed."""
         taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
@@ -17651,8 +17687,8 @@ class TestCancel:
 
     def test_fault(self, stubbed):
         """A fault is raised: nobody knows then whether it was waiting."""
-        stubbed.add_client_error("delete_schedule", "AccessDeniedException", "no")
-        denied = DENIED.format("DeleteSchedule")
+        stubbed.add_client_error("get_schedule", "AccessDeniedException", "no")
+        denied = DENIED.format("GetSchedule")
         assert refused(taskhawk.cancel, "some-id") == (
             f"taskhawk-app: {denied} (AccessDeniedException: no)"
         )
@@ -20582,7 +20618,11 @@ class TestProvisionSchedules:
         group = f"arn:aws:scheduler:{region}:schedule/taskhawk-{queue_name.lower()}/*"
         assert schedules == {
             "Effect": "Allow",
-            "Action": ["scheduler:CreateSchedule", "scheduler:DeleteSchedule"],
+            "Action": [
+                "scheduler:CreateSchedule",
+                "scheduler:GetSchedule",
+                "scheduler:DeleteSchedule",
+            ],
             "Resource": [group],
         }
         assert hand_over == {
