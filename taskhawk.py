@@ -10156,7 +10156,10 @@ def _wait_s(received: QueueMessage) -> float:
     A look costs a receive, a claim, a copy and a delete. The longer a message waits,
     the fewer looks; after some minutes that is one request in thirty seconds.
     """
-    doublings = min(received.postponed, 10)
+    looks = received.postponed
+    if received.is_fifo:  # it can't be postponed: each look is a receive that counts
+        looks = received.receive_count - 1
+    doublings = min(looks, 10)
     return _jittered(min(_FIRST_WAIT_S * 2**doublings, _LONGEST_WAIT_S))
 
 
@@ -10218,6 +10221,7 @@ def _tell(operation: str, *values: object) -> None:
 
 _LOOK_S = 20  # from one look at a pause or a worker's place to the next, at most
 _PLACE_S = 60  # that a worker's place lasts without an extension
+_KEEP_EVERY_S = 5  # a look at which places are to be extended; most are not yet
 _FOR_EVER_S = 100 * 365 * 86_400
 _PAUSED_BY = "0-"  # the token of a pause: anybody may end it
 
@@ -10292,6 +10296,13 @@ class _Gate:
             _log.info("%s: receives again", queue)
         return not found
 
+    def keep(self, stop: threading.Event) -> None:
+        """Keep its places while it is too busy to receive; the body of a thread."""
+        while not stop.wait(_KEEP_EVERY_S):
+            for queue, token in [*self._tokens.items()]:
+                if token:
+                    self.is_open(queue)
+
     def _look(self, queue: str, before: str) -> str:
         """Return why not to receive, or ""; if that can't be told, as before."""
         try:
@@ -10331,7 +10342,18 @@ def _may_receive(worker: Worker, queue: str) -> bool:
     return gate.is_open(queue)
 
 
+def _begin_keeping(
+    worker: Worker, stop: threading.Event
+) -> Callable[[], object] | None:
+    """Have a worker keep its places, also while all that it may run is running."""
+    if worker.max_workers is None:
+        return None
+    gate = _gate_of.setdefault(worker, _Gate(worker))
+    return functools.partial(gate.keep, stop)
+
+
 _gates.append(_may_receive)
+_beside_workers.append(_begin_keeping)
 
 
 # --- 22. schedules --------------------------------------------------------------------
@@ -10462,13 +10484,33 @@ class _Scheduler(_AwsSender):
 
     def delete(self, name: str) -> bool:
         """Delete a schedule; return whether it was there."""
+        return self._call_on(name, "delete_schedule") is not None
+
+    def cancel(self, name: str) -> bool:
+        """Delete a message's schedule; return whether it can't have been sent.
+
+        Once it is due, it is left alone: it is sent, or was and is still listed, or it
+        is tried again, and is not to be lost.
+        """
+        found = self._call_on(name, "get_schedule")
+        if found is None or _is_due(found["ScheduleExpression"]):
+            return False
+        return self.delete(name) and not _is_due(found["ScheduleExpression"])
+
+    def _call_on(self, name: str, operation: str) -> Any:
+        """Make a call for a schedule; return its answer, None if there is none."""
         try:
-            self.call("send", "delete_schedule", _schedule_group(), Name=name)
+            return self.call("send", operation, _schedule_group(), Name=name)
         except Exception as error:
             if _error_code(error) != "ResourceNotFoundException":
                 raise
-            return False
-        return True
+            return None
+
+
+def _is_due(at: str) -> bool:
+    """Return whether a message may have been sent, by what :func:`_at` made of it."""
+    soon = datetime.now(UTC) + timedelta(seconds=_SKEW_S)  # AWS's clock is another
+    return at <= f"at({soon:%Y-%m-%dT%H:%M:%S})"
 
 
 _schemes["schedule"] = _Scheduler
@@ -10478,18 +10520,20 @@ def cancel(message_id: str) -> bool:
     """Delete a message that waits for the end of its delay.
 
     On SQS and SNS it is its schedule that is deleted: what a queue itself delays, up to
-    15 minutes on SQS, can't be cancelled. Nor can what runs or has run.
+    15 minutes on SQS, can't be cancelled. Nor can what runs, has run or was postponed:
+    by the option `unique`, it may stand for other messages, which were ignored.
 
     :param message_id: what dispatch returned
-    :returns: whether the message was still waiting: now it will never run
-    :raises ConfigurationError: if schedules may not be deleted
+    :returns: whether the message was still waiting: now it will never run. If it is
+        due within seconds, that is False.
+    :raises ConfigurationError: if schedules may not be read and deleted
     :raises Exception: of botocore or sqlite3, if the call fails otherwise; the message
         may have been deleted then
     """
     sender = _brokers.sender()
     if isinstance(sender, _AwsSender):
         scheduler: _Scheduler = _brokers.get("schedule")
-        return scheduler.delete(_schedule_name(message_id))
+        return scheduler.cancel(_schedule_name(message_id))
     if isinstance(sender, SqliteBroker):
         return _cancel_in_file(sender, message_id)
     return False  # in sync mode and in capture(), nothing waits
@@ -10501,9 +10545,11 @@ def _cancel_in_file(broker: SqliteBroker, message_id: str) -> bool:
     beginning = _ENCODER.encode({"id": message_id})[:-1] + ","  # of each body
     delete = "DELETE FROM message WHERE"
     where = f"""queue IN ({_marks("?", queues)}) AND visible_ms > ?
-        AND visible_ms < ? AND receipt IS NULL AND substr(body, 1, ?) = ?"""
+        AND visible_ms < ? AND receipt IS NULL AND instr(attributes, ?) = 0
+        AND substr(body, 1, ?) = ?"""
     now_ms = broker._in_ms()  # noqa: SLF001
-    values = (*queues, now_ms, _BEHIND, len(beginning), beginning)
+    postponed = json.dumps(_POSTPONED_ATTRIBUTE)
+    values = (*queues, now_ms, _BEHIND, postponed, len(beginning), beginning)
     file = broker._file  # noqa: SLF001 - both are of this very file
     return file.change(f"{delete} {where}", values) > 0
 
@@ -12401,12 +12447,9 @@ _RECEIVE = (
     "sqs:ReceiveMessage sqs:DeleteMessage"
     " sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
 )
-_SCHEDULE = "scheduler:CreateSchedule scheduler:DeleteSchedule"
+_CANCEL = "scheduler:GetSchedule scheduler:DeleteSchedule"
+_SCHEDULE = f"scheduler:CreateSchedule {_CANCEL}"
 _LOOK_AT_TABLE = "dynamodb:DescribeTable dynamodb:DescribeTimeToLive"
-_LOOK_AT_SCHEDULES = (
-    "scheduler:GetScheduleGroup scheduler:GetSchedule"
-    " scheduler:ListSchedules scheduler:DeleteSchedule"
-)
 _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter queues
     ("publisher", "aws_sns_topic", "sns:Publish"),
     ("publisher", "aws_sqs_queue", _SEND),
@@ -12414,26 +12457,27 @@ _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter
     ("worker", "DLQ", _SEND),
     # No sqs:GetQueueUrl: the URL is put together from the event's ARN.
     ("lambda", "aws_sqs_queue", f"{_RECEIVE} sqs:SendMessage"),
-    ("publisher", "aws_scheduler_schedule_group", _SCHEDULE),
+    ("publisher", "schedules", _SCHEDULE),
     ("publisher", "aws_iam_role", "iam:PassRole"),
     ("worker", "aws_dynamodb_table", "dynamodb:UpdateItem"),
     ("lambda", "aws_dynamodb_table", "dynamodb:UpdateItem"),
     ("operator", "aws_sns_topic", "sns:ListSubscriptionsByTopic"),
     ("operator", "aws_sqs_queue", f"{_SEND} sqs:GetQueueAttributes"),
     ("operator", "DLQ", f"{_RECEIVE} sqs:GetQueueUrl"),
-    ("operator", "aws_scheduler_schedule_group", _LOOK_AT_SCHEDULES),
-    ("operator", "aws_dynamodb_table", _LOOK_AT_TABLE),
+    ("operator", "schedules", _CANCEL),
+    ("operator", "aws_scheduler_schedule_group", "scheduler:GetScheduleGroup"),
+    ("operator", "all schedules", "scheduler:ListSchedules"),
+    # It pauses queues, and looks whether they are paused.
+    ("operator", "aws_dynamodb_table", f"{_LOOK_AT_TABLE} dynamodb:UpdateItem"),
 ]
 
 
 def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
     """Write the least policies, by role."""
     arns: dict[str, list[str]] = {}
-    granted = {kind for _, kind, _ in _GRANTS}
     for resource in resources:
-        kind = "DLQ" if _is_dead_letter_queue(resource.name) else resource.kind
-        if kind in granted:
-            arns.setdefault(kind, []).append(_arn_of(resource))
+        for kind, arn in _grantable(resource):
+            arns.setdefault(kind, []).append(arn)
     policies: dict[str, Any] = {}
     for role, kind, actions in _GRANTS:
         if kind in arns:
@@ -12450,17 +12494,29 @@ def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
     return policies
 
 
-def _arn_of(resource: _Resource) -> str:
-    """Return the ARN by which a policy names a resource, or what is in it."""
-    if resource.kind == "aws_iam_role":
-        return _scheduler_role()
-    service, _ = _PROVIDERS[resource.kind]
-    name = resource.name
-    if resource.kind == "aws_scheduler_schedule_group":
-        name = f"schedule/{name}/*"
-    if resource.kind == "aws_dynamodb_table":
-        name = f"table/{name}"
-    return str(_brokers.get(service).arn(name))
+def _grantable(resource: _Resource) -> Iterator[tuple[str, str]]:
+    """Yield what rights can be granted on, as _GRANTS calls it, and its ARN."""
+    kind, name = resource.kind, resource.name
+    if kind == "aws_iam_role":
+        yield kind, _scheduler_role()
+    if kind not in _ARN_PREFIXES:
+        return
+    service, _ = _PROVIDERS[kind]
+    arn = _brokers.get(service).arn
+    if _is_dead_letter_queue(name):
+        kind = "DLQ"
+    yield kind, arn(_ARN_PREFIXES[resource.kind] + name)
+    if kind == "aws_scheduler_schedule_group":
+        yield "schedules", arn(f"schedule/{name}/*")
+        yield "all schedules", "*"  # a list is of no resource, says AWS
+
+
+_ARN_PREFIXES = {
+    "aws_sqs_queue": "",
+    "aws_sns_topic": "",
+    "aws_dynamodb_table": "table/",
+    "aws_scheduler_schedule_group": "schedule-group/",
+}
 
 
 class _Watched(NamedTuple):
@@ -12725,6 +12781,10 @@ def _check_state() -> Iterator[_Finding]:
     look = _check_state_on_aws
     if settings.TASKHAWK_BROKER != "sqs":
         look = _check_state_in_file
+    try:
+        _check_before_work()
+    except ConfigurationError as error:
+        yield _error(str(error), "workers do not start", _TOLD)
     try:
         yield from look()
     except Exception as error:

@@ -16894,6 +16894,21 @@ class TestLimits:
             assert fourth - first >= 60
         assert starts[-1] - starts[0] <= 3 * 60 + 4 * 160
 
+    @pytest.mark.parametrize(
+        ("looks", "wait_s"), [(0, 10), (1, 20), (3, 80), (4, 160), (99, 160)]
+    )
+    def test_waits(self, isolated, looks, wait_s):
+        """Who waits looks less and less often; on a FIFO queue, as receives go by."""
+        count = {"DataType": "String", "StringValue": str(looks)}
+        postponed = QueueMessage("", "1", queue="Q")
+        postponed.message_attributes = {"taskhawk.postponed": count}
+        received = QueueMessage("", "1", queue="Q.fifo")
+        received.attributes = {"ApproximateReceiveCount": str(looks + 1)}
+        for message in (postponed, received):
+            waits_s = [taskhawk._wait_s(message) for _ in range(100)]
+            assert wait_s / 2 <= min(waits_s) <= max(waits_s) <= wait_s
+            assert max(waits_s) > wait_s * 0.75
+
     def test_lock(self, state):
         """While one runs, the others of its customer wait, and only they."""
         runs: list[Any] = []
@@ -17179,6 +17194,32 @@ class TestPauses:
         assert caplog.messages[-1] == (
             "Q: receives nothing: it can't be told how many workers it has"
         )
+
+    def test_busy_worker(self, stored):
+        """A worker that runs something for long keeps its place, and no other's."""
+        broker, clock = stored
+        one, two = (
+            taskhawk.Worker(broker, ["Q", "R"], max_workers=1, clock=clock)
+            for _ in range(2)
+        )
+        assert taskhawk._may_receive(one, "Q")
+        assert taskhawk._may_receive(two, "R")
+        assert not taskhawk._may_receive(one, "R")
+
+        class Stop(threading.Event):
+            left = 120  # waits of 5 s, which are ten minutes
+
+            def wait(self, timeout: float | None = None) -> bool:
+                clock.now += timeout or 0
+                self.left -= 1
+                return self.left < 0
+
+        keep = taskhawk._begin_keeping(one, Stop())
+        assert keep is not None
+        keep()
+        assert not taskhawk._may_receive(two, "Q")
+        assert taskhawk._may_receive(one, "R")  # nobody has kept that of the other
+        assert taskhawk._begin_keeping(taskhawk.Worker(broker, ["Q"]), NEVER) is None
 
     def test_no_table(self, aws):
         """Without a table, a worker looks nowhere; a pause says what is missing."""
@@ -17627,6 +17668,42 @@ class TestCancel:
         received.change_visibility(VisibilityTimeout=60)
         assert taskhawk.cancel(message_id) is False
 
+    @pytest.mark.parametrize(
+        ("due_in_s", "code", "is_cancelled"),
+        [
+            (3600, None, True),
+            (3600, "ResourceNotFoundException", False),
+            (2, "never called", False),
+            (-3600, "never called", False),
+        ],
+    )
+    def test_due(self, stubbed, due_in_s, code, is_cancelled):
+        """A schedule that is due may have been sent: it is left alone, for it may not yet."""
+        due = datetime.now(UTC) + timedelta(seconds=due_in_s)
+        at = f"at({due:%Y-%m-%dT%H:%M:%S})"
+        stubbed.add_response("get_schedule", {"ScheduleExpression": at})
+        if code is None:
+            stubbed.add_response("delete_schedule", {})
+        elif code != "never called":
+            stubbed.add_client_error("delete_schedule", code)
+        assert taskhawk.cancel("some-id") is is_cancelled
+        stubbed.assert_no_pending_responses()
+
+    def test_postponed(self, stored):
+        """What was postponed may stand for others that were ignored: it is to run."""
+        broker, clock = stored
+        busy = {"limit": taskhawk.limit(1), "time_limit": 60, "unique": True}
+        job = taskhawk.task(name="mail.send", **busy)(nothing)
+        job.isolate = False
+        taskhawk._find_claims().claim(taskhawk._key(job, "limit", {}), 30)
+        ids = [job.dispatch() for _ in range(2)]
+        clock.now += 1
+        ledger = work_once(broker)
+        assert (ledger.postponed, ledger.acked) == (1, 1)
+        assert [taskhawk.cancel(each) for each in ids] == [False, False]
+        clock.now += 60
+        assert work_once(broker).acked == 1
+
     def test_command(self, tmp_path, mail, capsys):
         """The commands dispatch with a delay of days, and cancel by the id that was printed."""
         taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
@@ -17641,8 +17718,8 @@ class TestCancel:
 
     def test_fault(self, stubbed):
         """A fault is raised: nobody knows then whether it was waiting."""
-        stubbed.add_client_error("delete_schedule", "AccessDeniedException", "no")
-        denied = DENIED.format("DeleteSchedule")
+        stubbed.add_client_error("get_schedule", "AccessDeniedException", "no")
+        denied = DENIED.format("GetSchedule")
         assert refused(taskhawk.cancel, "some-id") == (
             f"taskhawk-app: {denied} (AccessDeniedException: no)"
         )
@@ -20572,7 +20649,11 @@ class TestProvisionSchedules:
         group = f"arn:aws:scheduler:{region}:schedule/taskhawk-{queue_name.lower()}/*"
         assert schedules == {
             "Effect": "Allow",
-            "Action": ["scheduler:CreateSchedule", "scheduler:DeleteSchedule"],
+            "Action": [
+                "scheduler:CreateSchedule",
+                "scheduler:GetSchedule",
+                "scheduler:DeleteSchedule",
+            ],
             "Resource": [group],
         }
         assert hand_over == {
@@ -20583,7 +20664,14 @@ class TestProvisionSchedules:
                 "StringEquals": {"iam:PassedToService": "scheduler.amazonaws.com"}
             },
         }
-        assert roles["operator"]["Statement"][-1]["Resource"] == [group]
+        by_hand, group_itself, lists = roles["operator"]["Statement"][2:]
+        assert by_hand["Resource"] == [group]
+        assert by_hand["Action"] == ["scheduler:GetSchedule", "scheduler:DeleteSchedule"]
+        # Each on what AWS's service authorization reference names for it.
+        name = f"schedule-group/taskhawk-{queue_name.lower()}"
+        assert group_itself["Resource"] == [f"arn:aws:scheduler:{region}:{name}"]
+        assert group_itself["Action"] == ["scheduler:GetScheduleGroup"]
+        assert (lists["Action"], lists["Resource"]) == (["scheduler:ListSchedules"], ["*"])
 
     def test_topics(self, scheduled, queue_name, capsys):
         """In a Lambda app, schedules publish to the topics."""
@@ -20688,6 +20776,16 @@ class TestProvisionTable:
                 "Action": ["dynamodb:UpdateItem"],
                 "Resource": [f"arn:aws:dynamodb:us-east-1:000000000000:table/{table}"],
             }
+        # Who pauses a queue writes, too, and so does whoever looks for a pause.
+        assert "dynamodb:UpdateItem" in roles["operator"]["Statement"][-1]["Action"]
+
+    def test_missing(self, aws, capsys):
+        """check says that tasks need a table where none is named, as workers do."""
+        configure_aws(aws.url, "app")
+        taskhawk.task(name="mail.send", once=True)(nothing)
+        code, lines = check(capsys, "--priority=default")
+        assert code == 1
+        assert f"error: {NO_TABLE}: workers do not start. Fix: as the error says" in lines
 
 
 # --- 26. command line -----------------------------------------------------------------
