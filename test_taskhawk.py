@@ -1536,6 +1536,12 @@ class TestErrors:
             made = refused(taskhawk.RetryException, *args, error=ValueError, **kwargs)
             assert made == sentence
 
+    def test_retry_at_a_text(self):
+        """RetryException refuses a delay that is no number."""
+        named = {"delay_seconds": "10"}
+        made = refused(taskhawk.RetryException, error=ValueError, **named)
+        assert made == "delay_seconds: expected 0 or more seconds, got '10'"
+
     def test_retry_by_no_policy(self):
         """RetryException refuses a policy that can't be called."""
         kwargs = {"error": ValueError, "retry": "soon"}
@@ -16343,7 +16349,7 @@ STATE_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"unique": ("item", "size")}, "unique: the function has no argument 'size'"),
     ({"unique": ("metadata",)}, "unique: the function has no argument 'metadata'"),
     ({"once": ("more",)}, "once: the function has no argument 'more'"),
-    ({"keep_s": 60}, "keep_s: expected once=, too"),
+    ({"keep_s": 60}, "keep_s: expected once= as well"),
     (
         {"once": True, "keep_s": 0},
         "keep_s: expected a number of seconds above 0, got 0",
@@ -16356,7 +16362,7 @@ STATE_OPTIONS: list[tuple[dict[str, Any], str]] = [
     (
         {"limit": taskhawk.limit(1)},
         (
-            "limit: expected time_limit=, too, after which the place of a worker that died is"
+            "limit: expected time_limit= as well: after it, the place of a worker that died is"
             " free again"
         ),
     ),
@@ -17139,6 +17145,18 @@ class TestPauses:
         clock.now += 2
         assert not taskhawk.is_paused(Priority.bulk)
 
+    def test_wrong(self, stored):
+        """A wrong queue or time is refused."""
+        for change in (taskhawk.pause, taskhawk.resume, taskhawk.is_paused):
+            with pytest.raises(taskhawk.ConfigurationError) as caught:
+                change("bulk")
+            sentence = "priority: expected a taskhawk.Priority, got 'bulk'"
+            assert str(caught.value) == sentence
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.pause(Priority.bulk, for_s="10m")
+        sentence = "for_s: expected a number of seconds above 0, got '10m'"
+        assert str(caught.value) == sentence
+
     def test_looks(self, stored, monkeypatch, caplog):
         """A worker looks every 10 to 20 s, and goes on as before where it can't."""
         caplog.set_level(logging.INFO)
@@ -17354,8 +17372,8 @@ class TestChaosOfState:
 ROLE = "arn:aws:iam::000000000000:role/taskhawk-app"
 NO_ROLE = (
     "TASKHAWK_SCHEDULER_ROLE is not set: delays of over 15 minutes on SQS, any on SNS,"
-    " and periodic tasks are schedules of EventBridge's, which send by a role: expected"
-    " its ARN, such as 'arn:aws:iam::123456789012:role/taskhawk-dev-myapp'"
+    " and periodic tasks are schedules of EventBridge Scheduler, which sends with a role:"
+    " expected its ARN, such as 'arn:aws:iam::123456789012:role/taskhawk-dev-myapp'"
 )
 
 
@@ -17711,7 +17729,7 @@ class TestCancel:
         message_id = capsys.readouterr().out.strip()
         for code, line in (
             (0, "cancelled"),
-            (1, "not found: it ran, or it is on its way"),
+            (1, "nothing to cancel: no delayed message has this id"),
         ):
             assert taskhawk.main(["cancel", message_id]) == code
             assert capsys.readouterr().out == f"{line}\n"
@@ -17858,7 +17876,7 @@ class TestScheduleExpressions:
                     timedelta(days=70),
                 )
             ),
-            ({"timezone": "UTC"}, "timezone='UTC': expected a schedule too"),
+            ({"timezone": "UTC"}, "timezone='UTC': expected schedule= as well"),
             *(
                 (
                     {"schedule": "rate(1 day)", "timezone": wrong},
@@ -20855,7 +20873,8 @@ listen ./job.py
 check shop/tasks.py
     check: 'shop/tasks.py' is a file: name the module, such as shop.tasks
 dispatch nowhere.f
-    the module 'nowhere' can't be imported: No module named 'nowhere'
+    no task is registered as 'nowhere.f', and the module 'nowhere' can't be imported: No
+    module named 'nowhere': name the module that defines the task with --module
 dispatch f
     no task is registered as 'f': is its module imported? Its name begins with its
     module, such as myapp.tasks.f
@@ -20865,6 +20884,8 @@ dispatch job.ad
     no task is registered as 'job.ad': is its module imported? Did you mean job.add?
 dispatch job.xyz
     no task is registered as 'job.xyz': is its module imported?
+dispatch odd.f
+    odd.f: *args can't be a task's parameter: name the arguments, or take a list
 tasks odd
     odd.f: *args can't be a task's parameter: name the arguments, or take a list
 dispatch job.add
