@@ -20684,12 +20684,18 @@ class TestProvisionSchedules:
         }
         by_hand, group_itself, lists = roles["operator"]["Statement"][2:]
         assert by_hand["Resource"] == [group]
-        assert by_hand["Action"] == ["scheduler:GetSchedule", "scheduler:DeleteSchedule"]
+        assert by_hand["Action"] == [
+            "scheduler:GetSchedule",
+            "scheduler:DeleteSchedule",
+        ]
         # Each on what AWS's service authorization reference names for it.
         name = f"schedule-group/taskhawk-{queue_name.lower()}"
         assert group_itself["Resource"] == [f"arn:aws:scheduler:{region}:{name}"]
         assert group_itself["Action"] == ["scheduler:GetScheduleGroup"]
-        assert (lists["Action"], lists["Resource"]) == (["scheduler:ListSchedules"], ["*"])
+        assert (lists["Action"], lists["Resource"]) == (
+            ["scheduler:ListSchedules"],
+            ["*"],
+        )
 
     def test_topics(self, scheduled, queue_name, capsys):
         """In a Lambda app, schedules publish to the topics."""
@@ -20798,12 +20804,14 @@ class TestProvisionTable:
         assert "dynamodb:UpdateItem" in roles["operator"]["Statement"][-1]["Action"]
 
     def test_missing(self, aws, capsys):
-        """check says that tasks need a table where none is named, as workers do."""
+        """Check says that tasks need a table where none is named, as workers do."""
         configure_aws(aws.url, "app")
         taskhawk.task(name="mail.send", once=True)(nothing)
         code, lines = check(capsys, "--priority=default")
         assert code == 1
-        assert f"error: {NO_TABLE}: workers do not start. Fix: as the error says" in lines
+        assert (
+            f"error: {NO_TABLE}: workers do not start. Fix: as the error says" in lines
+        )
 
 
 # --- 26. command line -----------------------------------------------------------------
