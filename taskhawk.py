@@ -13627,6 +13627,7 @@ class _MeasuredWorker(Worker):
         "--log-level",
         "least level to log (default: info)",
         choices=["debug", "info", "warning", "error"],
+        type=str.lower,
     ),
     _option(
         "--log-format", "format of the log (default: text)", choices=["text", "json"]
