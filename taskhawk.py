@@ -5085,6 +5085,10 @@ class _Sharing:
         del self.under_way[thread]  # last: an end that is interrupted is called again
         return call.parcels
 
+    def sweep(self) -> None:
+        """Forget the parcels for which nobody waits any more."""
+        self.waiting = [each for each in self.waiting if not each.is_left]
+
     def give_up(self) -> Sequence[_Parcel]:
         """Let nobody wait any more; return who did."""
         parcels, self.waiting = self.waiting, []
@@ -5267,6 +5271,8 @@ class _Lane:
                         self._wake()
                     return parcels
                 pause_s = min(self._sharing.due_at() - now, _HELPER_IDLE_S)
+                if pause_s == _HELPER_IDLE_S:  # what waits is left, or waits for calls
+                    self._sharing.sweep()
                 try:
                     self._idle.add(me)
                     self._changed.wait(pause_s)

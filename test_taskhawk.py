@@ -7831,6 +7831,13 @@ class SharingMachine(hypothesis.stateful.RuleBasedStateMachine):
         """Interrupt a dispatch: its message is not sent."""
         data.draw(st.sampled_from(self.waiting)).is_left = True
 
+    @hypothesis.stateful.rule()
+    def sweep(self) -> None:
+        """Forget the messages that are left, and no other."""
+        self.waiting = [parcel for parcel in self.waiting if not parcel.is_left]
+        self.sharing.sweep()
+        assert self.sharing.waiting == self.waiting
+
     @hypothesis.stateful.precondition(lambda self: self.waiting)
     @hypothesis.stateful.rule()
     def give_up(self) -> None:
@@ -8326,6 +8333,29 @@ class TestSharing:
             worker_eventually(lambda: not dispatches.lane._helpers)
             dispatches.ends.clear()
         assert sender.calls == [["0"], ["a"]] * 2
+
+    def test_left(self, patience, monkeypatch):
+        """A message for which nobody waits any more keeps no helper, and holds up none."""
+        monkeypatch.setattr(taskhawk, "_HELPER_IDLE_S", 0.01)
+        go = threading.Event()
+        dispatches = Dispatches(SharedSender(lambda bodies: go.wait() and None))
+        dispatches.start("0")
+
+        async def be_cancelled() -> None:
+            waiting = asyncio.ensure_future(
+                dispatches.lane.send_async(dispatches.ready("a"))
+            )
+            await asyncio.sleep(0)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+
+        asyncio.run(be_cancelled())
+        worker_eventually(lambda: not dispatches.lane._helpers)
+        assert not dispatches.lane._sharing.waiting
+        go.set()
+        assert dispatches.wait() == {"0": "sent"}
+        assert dispatches.sender.calls == [["0"]]
 
     @pytest.mark.parametrize("state", ["lock", "call", "wait"])
     def test_reentered(self, patience, state):
