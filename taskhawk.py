@@ -7859,18 +7859,19 @@ class _Slot:
 
     def work(self) -> None:
         """Run messages until there are no more; the body of a thread."""
-        with self._event_loop.in_this_thread():
-            try:
+        try:
+            with self._event_loop.in_this_thread():
                 if self._is_isolated:
                     self._start_child()
                 while batch := self._course.next():
                     self._run(batch)
-            except BaseException as error:
-                self._course.fail(error)  # before the phases go on
-                raise
-            finally:
-                self.child.close()
-                self._course.slot_ended()
+        except BaseException as error:
+            self._course.fail(error)  # before the phases go on
+            raise
+        finally:
+            # Only now: the worker ends after what coroutines left behind has.
+            self.child.close()
+            self._course.slot_ended()
 
     def _start_child(self) -> None:
         """Start the child before the first receive, for what it can't run must wait."""

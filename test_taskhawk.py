@@ -13596,13 +13596,14 @@ class TestCoroutines:
         assert sorted(seen) == [(n, n, True) for n in range(1, 5)]
 
     def test_left_behind(self, worker_broker, act, caplog):
-        """What a run leaves is named for that run alone, and cancelled at the end."""
+        """What a run leaves is named for that run alone; it is cancelled and awaited."""
         ended, begun = [], []
 
         async def linger() -> None:
             try:
                 await asyncio.sleep(WORKER_PATIENCE_S)
             finally:
+                await asyncio.sleep(0.3)  # such as to close a connection
                 ended.append(1)
 
         async def leave() -> None:
