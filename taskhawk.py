@@ -4002,7 +4002,11 @@ class _EventLoop:
         """Run a coroutine to its end, in a copy of this thread's context."""
         import asyncio
 
-        loop = self._get()
+        try:
+            loop = self._get()
+        except RuntimeError:  # no more threads can be started: that is no failed run
+            _run_alone(coroutine)
+            return
         running = asyncio.run_coroutine_threadsafe(_caught(coroutine), loop)
         try:
             error = running.result()
@@ -4026,7 +4030,11 @@ class _EventLoop:
                 thread = threading.Thread(
                     target=self._serve, args=(loop, end), daemon=True
                 )
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:
+                    loop.close()
+                    raise
                 self._serving = loop, end, thread
             return self._serving[0]
 
@@ -4053,7 +4061,8 @@ class _EventLoop:
             loop, end, thread = self._serving
             self._serving = None
         end.set()
-        loop.call_soon_threadsafe(loop.stop)
+        with contextlib.suppress(RuntimeError):  # it has just ended: see _serve()
+            loop.call_soon_threadsafe(loop.stop)
         thread.join(_LOOP_END_S)
         if thread.is_alive():
             _log.warning("something that a coroutine began does not end: left to run")

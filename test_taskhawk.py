@@ -13623,6 +13623,28 @@ class TestCoroutines:
         assert worker_logs(caplog) == [f"{text}: {name}"]
         assert ended == [1]
 
+    def test_no_threads(self, worker_broker, act, monkeypatch):
+        """Where no thread can be started for the loop, a run has a loop of its own."""
+        start = threading.Thread.start
+        serve = taskhawk._EventLoop._serve
+
+        def refuse_loop(thread: threading.Thread) -> None:
+            if getattr(thread, "_target", None) is serve:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        ran = []
+
+        async def look() -> None:
+            await asyncio.sleep(0)
+            ran.append(1)
+
+        WORKER_ACTS["look"] = look
+        monkeypatch.setattr(threading.Thread, "start", refuse_loop)
+        worker_broker.put(act, ("look",), ("look",))
+        assert worker_broker.work().acked == 2
+        assert ran == [1, 1]
+
     def test_end_is_bounded(self, worker_broker, act, caplog, monkeypatch):
         """The worker ends though a thread that a coroutine began does not."""
         monkeypatch.setattr(taskhawk, "_LOOP_END_S", 0.05)
