@@ -4007,7 +4007,11 @@ class _EventLoop:
         """Run a coroutine to its end, in a copy of this thread's context."""
         import asyncio
 
-        loop = self._get()
+        try:
+            loop = self._get()
+        except RuntimeError:  # no more threads can be started: that is no failed run
+            _run_alone(coroutine)
+            return
         running = asyncio.run_coroutine_threadsafe(_caught(coroutine), loop)
         try:
             error = running.result()
@@ -4031,7 +4035,11 @@ class _EventLoop:
                 thread = threading.Thread(
                     target=self._serve, args=(loop, end), daemon=True
                 )
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:
+                    loop.close()
+                    raise
                 self._serving = loop, end, thread
             return self._serving[0]
 
@@ -4058,7 +4066,8 @@ class _EventLoop:
             loop, end, thread = self._serving
             self._serving = None
         end.set()
-        loop.call_soon_threadsafe(loop.stop)
+        with contextlib.suppress(RuntimeError):  # it has just ended: see _serve()
+            loop.call_soon_threadsafe(loop.stop)
         thread.join(_LOOP_END_S)
         if thread.is_alive():
             _log.warning("something that a coroutine began does not end: left to run")
@@ -5090,6 +5099,10 @@ class _Sharing:
         del self.under_way[thread]  # last: an end that is interrupted is called again
         return call.parcels
 
+    def sweep(self) -> None:
+        """Forget the parcels for which nobody waits any more."""
+        self.waiting = [each for each in self.waiting if not each.is_left]
+
     def give_up(self) -> Sequence[_Parcel]:
         """Let nobody wait any more; return who did."""
         parcels, self.waiting = self.waiting, []
@@ -5272,6 +5285,8 @@ class _Lane:
                         self._wake()
                     return parcels
                 pause_s = min(self._sharing.due_at() - now, _HELPER_IDLE_S)
+                if pause_s == _HELPER_IDLE_S:  # what waits is left, or waits for calls
+                    self._sharing.sweep()
                 try:
                     self._idle.add(me)
                     self._changed.wait(pause_s)
@@ -7853,18 +7868,19 @@ class _Slot:
 
     def work(self) -> None:
         """Run messages until there are no more; the body of a thread."""
-        with self._event_loop.in_this_thread():
-            try:
+        try:
+            with self._event_loop.in_this_thread():
                 if self._is_isolated:
                     self._start_child()
                 while batch := self._course.next():
                     self._run(batch)
-            except BaseException as error:
-                self._course.fail(error)  # before the phases go on
-                raise
-            finally:
-                self.child.close()
-                self._course.slot_ended()
+        except BaseException as error:
+            self._course.fail(error)  # before the phases go on
+            raise
+        finally:
+            # Only now: the worker ends after what coroutines left behind has.
+            self.child.close()
+            self._course.slot_ended()
 
     def _start_child(self) -> None:
         """Start the child before the first receive, for what it can't run must wait."""
