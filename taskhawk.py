@@ -11989,8 +11989,8 @@ class _Resource(NamedTuple):
 
 
 def _label(name: str) -> str:
-    """Return Terraform's name for a queue or topic."""
-    return re.sub(r"\W", "_", name.lower())
+    """Return Terraform's name for a resource: it can't begin with a digit."""
+    return re.sub(r"\W|^(?=[0-9])", "_", name.lower())
 
 
 def _resources(
@@ -12292,6 +12292,9 @@ def _group_change(scheduler: _Scheduler, resource: _Resource) -> _Change | None:
     return _Change("made", "create_schedule_group", parameters)
 
 
+_SCHEDULE_KEEPS = ("State", "KmsKeyArn")  # not a StartDate: a past one is refused
+
+
 def _schedule_change(scheduler: _Scheduler, resource: _Resource) -> _Change | None:
     """Return how to make or correct a periodic task's schedule; None if it is right."""
     wanted = _periodic_schedule(_periodic_tasks()[resource.name])
@@ -12304,8 +12307,9 @@ def _schedule_change(scheduler: _Scheduler, resource: _Resource) -> _Change | No
     ]
     if not differing:
         return None
-    # An update resets what it leaves out, and someone may have disabled it.
-    parameters = {**wanted, "State": existing["State"]}
+    # An update resets what it leaves out. Someone may have disabled it, for example.
+    kept = {key: existing[key] for key in _SCHEDULE_KEEPS if key in existing}
+    parameters = {**kept, **wanted}
     return _Change(f"changed: {', '.join(differing)}", "update_schedule", parameters)
 
 
@@ -12436,10 +12440,30 @@ def _provide(resource: _Resource, *, dry_run: bool) -> str:
         return f"{what}: would be {change.text}"
     client = sender.client("send")
     with _explained(resource.name):
-        getattr(client, change.operation)(**change.parameters)
+        _make(client, change)
         if change.operation == "create_table":  # nothing can be set of it before
             client.get_waiter("table_exists").wait(TableName=resource.name)
     return f"{what}: {change.text}"
+
+
+_NEW_ROLE = "must allow AWS EventBridge Scheduler to assume the role"  # says Scheduler
+_NEW_ROLE_PAUSES = 10
+_NEW_ROLE_PAUSE_S = 3.0
+
+
+def _make(client: Any, change: _Change) -> None:
+    """Make a change; wait for a role that is new, which takes IAM some seconds."""
+    call = functools.partial(getattr(client, change.operation), **change.parameters)
+    for _ in range(_NEW_ROLE_PAUSES):
+        try:
+            call()
+        except Exception as error:
+            if _NEW_ROLE not in str(error):
+                raise
+            time.sleep(_NEW_ROLE_PAUSE_S)
+        else:
+            return
+    call()
 
 
 _SEND = "sqs:SendMessage sqs:GetQueueUrl"

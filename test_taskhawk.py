@@ -20440,6 +20440,39 @@ class TestProvisionSchedules:
                 )
                 assert not report.has_errors(), report.generate_report()
 
+    @pytest.mark.parametrize("refusals", [0, 2, 11])
+    def test_new_role(self, stubbed, monkeypatch, refusals):
+        """A role that was made just now is not known everywhere: the schedule waits for it."""
+        monkeypatch.setattr(taskhawk, "_NEW_ROLE_PAUSE_S", 0)
+        text = "The execution role you provide must allow AWS EventBridge Scheduler to"
+        text += " assume the role."
+        for _ in range(refusals):
+            stubbed.add_client_error("create_schedule", "ValidationException", text)
+        if refusals < 11:
+            stubbed.add_response("create_schedule", {"ScheduleArn": "arn"})
+        task = taskhawk.task(name="app.audit", schedule="rate(5 minutes)")(nothing)
+        wanted = taskhawk._periodic_schedule(task)
+        change = taskhawk._Change("made", "create_schedule", wanted)
+        client = taskhawk._brokers.get("schedule").client("send")
+        make = functools.partial(taskhawk._make, client, change)
+        if refusals < 11:
+            make()
+            stubbed.add_client_error("create_schedule", "ValidationException", "no")
+        with pytest.raises(botocore.exceptions.ClientError):
+            make()
+
+    def test_update(self, stubbed, queue_name):
+        """An update resets what it leaves out: what others have set is not left out."""
+        task = taskhawk.task(name="app.audit", schedule="rate(5 minutes)")(nothing)
+        wanted = taskhawk._periodic_schedule(task)
+        others = {"State": "DISABLED", "KmsKeyArn": "arn:aws:kms:us-east-1:1:key/2"}
+        existing = {**wanted, **others, "ScheduleExpression": "rate(6 minutes)"}
+        stubbed.add_response("get_schedule", existing)
+        scheduler = taskhawk._brokers.get("schedule")
+        resource = taskhawk._Resource("aws_scheduler_schedule", "task.app.audit", {})
+        change = taskhawk._schedule_change(scheduler, resource)
+        assert change.parameters == {**wanted, **others}
+
     def test_message(self, scheduled, caplog):
         """With the time filled in, the input is a message that runs, with one id a firing."""
         task = taskhawk._registry["app.audit"]
@@ -20722,6 +20755,13 @@ class TestProvisionTable:
         )
         assert taskhawk.main(["provision", "--priority=default"]) == 2
         assert capsys.readouterr().err == f"taskhawk: {sentence}\n"
+
+    @pytest.mark.parametrize(
+        ("name", "label"), [("3-claims", "_3_claims"), ("Claims.v2", "claims_v2")]
+    )
+    def test_label(self, name, label):
+        """What Terraform calls a table is an identifier of Terraform's."""
+        assert taskhawk._label(name) == label
 
     def test_described(self, aws, capsys):
         """Terraform has its TTL in it; workers may update its items, and no more."""
