@@ -9544,11 +9544,21 @@ def _is_well_formed(record: Mapping[str, Any]) -> bool:
 def _as_boto3(
     attributes: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    """Return message attributes under the names of a receive: Lambda's begin small."""
-    return {
-        name: {part[:1].upper() + part[1:]: it for part, it in value.items()}
-        for name, value in attributes.items()
-    }
+    """Return message attributes as a receive has them: Lambda's names begin small.
+
+    So they can be sent again. Lambda adds lists, which are always empty, and which SQS
+    does not take; the bytes of a binary one are Base64.
+    """
+    import base64
+
+    found = {}
+    for name, value in attributes.items():
+        attribute = {part[:1].upper() + part[1:]: it for part, it in value.items() if it}
+        if "BinaryValue" in attribute:
+            with contextlib.suppress(ValueError, TypeError):  # then it stays as it is
+                attribute["BinaryValue"] = base64.b64decode(attribute["BinaryValue"])
+        found[name] = attribute
+    return found
 
 
 # === PART V: STATE ====================================================================

@@ -15785,6 +15785,27 @@ class TestLambda:
             PROCESSING_ID, "ID"
         )
 
+    def test_attributes_of_a_copy(self, lambda_sqs, lambda_runs):
+        """A copy has the message's attributes as they were sent, in the form SQS takes."""
+        event = lambda_event("not yet", make=lambda_sqs_record)
+        given = event["Records"][0]["messageAttributes"]
+        given["image"] = {"binaryValue": "AP8=", "dataType": "Binary"}
+        given["hostile"] = {"binaryValue": 7, "dataType": "Binary"}
+        received = taskhawk._from_record(event["Records"][0])
+        assert received.message_attributes == {
+            "request_id": {"StringValue": "1234", "DataType": "String"},
+            "image": {"BinaryValue": b"\x00\xff", "DataType": "Binary"},
+            "hostile": {"BinaryValue": 7, "DataType": "Binary"},
+        }
+        del given["hostile"]
+        lambda_consume(event)
+        [copy] = lambda_sqs.asked("SendMessage")
+        assert copy["MessageAttributes"] == {
+            "request_id": {"StringValue": "1234", "DataType": "String"},
+            "image": {"BinaryValue": "AP8=", "DataType": "Binary"},
+            "taskhawk.postponed": {"StringValue": "1", "DataType": "String"},
+        }
+
     def test_postponed_of_a_topic(self, lambda_sqs, lambda_runs):
         """No copy can take the place of a message of a topic: Lambda retries it."""
         event = lambda_event("not yet", make=lambda_sns_record)
