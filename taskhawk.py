@@ -12487,6 +12487,7 @@ _LOOK_AT_TABLE = "dynamodb:DescribeTable dynamodb:DescribeTimeToLive"
 _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter queues
     ("publisher", "aws_sns_topic", "sns:Publish"),
     ("publisher", "aws_sqs_queue", _SEND),
+    ("publisher", "queue with a limit", "sqs:GetQueueAttributes"),
     ("worker", "aws_sqs_queue", f"{_RECEIVE} {_SEND}"),  # it postpones by copies
     ("worker", "DLQ", _SEND),
     # No sqs:GetQueueUrl: the URL is put together from the event's ARN.
@@ -12540,9 +12541,16 @@ def _grantable(resource: _Resource) -> Iterator[tuple[str, str]]:
     if _is_dead_letter_queue(name):
         kind = "DLQ"
     yield kind, arn(_ARN_PREFIXES[resource.kind] + name)
+    if kind == "aws_sqs_queue" and _has_sizes():
+        yield "queue with a limit", arn(name)
     if kind == "aws_scheduler_schedule_group":
         yield "schedules", arn(f"schedule/{name}/*")
         yield "all schedules", "*"  # a list is of no resource, says AWS
+
+
+def _has_sizes() -> bool:
+    """Return whether a dispatch of some task asks how many messages its queue has."""
+    return any("max_queue_size" in task.options for task in _registry.values())
 
 
 _ARN_PREFIXES = {

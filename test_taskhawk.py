@@ -19972,6 +19972,10 @@ class TestProvision:
         assert (queue["Resource"], dead["Resource"]) == ([arn], [f"{arn}-DLQ"])
         assert "sqs:ChangeMessageVisibility" in queue["Action"]
         assert dead["Action"] == send
+        taskhawk.task(name="mail.send", max_queue_size=9)(nothing)
+        roles = provision_json(capsys, "--format=iam", "--priority=default")
+        look = {**statement, "Action": ["sqs:GetQueueAttributes"]}
+        assert roles["publisher"] == {**policy, "Statement": [statement, look]}
 
     def test_topics(self, endpoint, sqs_client, queue_name, capsys):
         """A Lambda app has topics, and functions subscribe to them."""
