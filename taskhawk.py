@@ -11431,7 +11431,8 @@ class DeadLetter:
     sent back or deleted until the loop that it is of has ended.
 
     :ivar received: the message as the queue gave it, with its body and attributes
-    :ivar age_s: seconds since it was sent for the first time
+    :ivar age_s: seconds since it was sent: here, by a worker; or for the first time, if
+        the queue itself moved it
     :ivar record: what a worker recorded of the error: ``type``, ``message``,
         ``traceback``, ``attempt``, ``worker`` and ``time``; None where it recorded none
     :ivar message: None where the body is not valid; its task need not be registered
@@ -11481,7 +11482,7 @@ class DeadLetter:
 
     @property
     def sent(self) -> str:
-        """When it was sent for the first time, in ISO 8601."""
+        """When it was sent, as `age_s` has it, in ISO 8601."""
         return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(_sent_s(self.received)))
 
     def requeue(self) -> None:
@@ -11522,7 +11523,10 @@ class DeadLetter:
 
 
 def _sent_s(received: QueueMessage) -> float:
-    """Return when a message was sent for the first time, in epoch seconds."""
+    """Return when a message was sent, as SQS counts, in epoch seconds.
+
+    A redrive keeps that time; a copy has its own.
+    """
     return int(received.attributes.get("SentTimestamp", 0)) / 1000
 
 
@@ -11814,8 +11818,8 @@ def dead_letters(
     :param task: only those of this task; ``*`` and ``?`` stand for any text
     :param error: only those with this text in their :attr:`DeadLetter.cause`
     :param header: only those with these headers, whose values are compared as text
-    :param older_than_s: only those first sent at least so many seconds ago
-    :param newer_than_s: only those first sent at most so many seconds ago
+    :param older_than_s: only those whose :attr:`DeadLetter.age_s` is at least that
+    :param newer_than_s: only those whose age is at most that
     :raises ConfigurationError: if the queue has no dead-letter queue
     """
     _require_priority(priority)
