@@ -9553,7 +9553,9 @@ def _as_boto3(
 
     found = {}
     for name, value in attributes.items():
-        attribute = {part[:1].upper() + part[1:]: it for part, it in value.items() if it}
+        attribute = {
+            part[:1].upper() + part[1:]: it for part, it in value.items() if it
+        }
         if "BinaryValue" in attribute:
             with contextlib.suppress(ValueError, TypeError):  # then it stays as it is
                 attribute["BinaryValue"] = base64.b64decode(attribute["BinaryValue"])
@@ -9893,9 +9895,10 @@ class _SqliteClaims(_Claims):
             VALUES (?, '', ?, ?, ?) ON CONFLICT (key, token) DO UPDATE
             SET until_ms = excluded.until_ms, message_id = excluded.message_id,
             started_ms = excluded.started_ms
-            WHERE started_ms <= ? OR message_id = excluded.message_id"""
+            WHERE started_ms <= ? OR message_id = excluded.message_id
+            OR started_ms > ?"""  # since then the clock was set back: it says nothing
         until_ms = self._in_ms(_MAX_RETENTION_S)
-        values = (key, until_ms, message_id, started_ms, sent_ms)
+        values = (key, until_ms, message_id, started_ms, sent_ms, self._in_ms())
         return self._change(insert, values) > 0
 
     @property

@@ -16862,6 +16862,23 @@ class TestUnique:
         assert lambda_consume(event) == (None, [])
         assert len(runs) == 2
 
+    def test_clock_set_back(self, stored):
+        """A clock of SQLite's that is set back has no message taken for seen."""
+        broker, clock = stored
+        seen: list[int] = []
+
+        def run() -> None:
+            seen.append(1)
+
+        job = taskhawk.task(name="mail.send", unique=True)(run)
+        job.dispatch()
+        work_once(broker)
+        clock.now -= 3600
+        job.dispatch()
+        clock.now += 1
+        work_once(broker)
+        assert len(seen) == 2
+
 
 class TestLimits:
     """At most so many at once or in a time; who waits uses up no attempts."""
@@ -20693,12 +20710,18 @@ class TestProvisionSchedules:
         }
         by_hand, group_itself, lists = roles["operator"]["Statement"][2:]
         assert by_hand["Resource"] == [group]
-        assert by_hand["Action"] == ["scheduler:GetSchedule", "scheduler:DeleteSchedule"]
+        assert by_hand["Action"] == [
+            "scheduler:GetSchedule",
+            "scheduler:DeleteSchedule",
+        ]
         # Each on what AWS's service authorization reference names for it.
         name = f"schedule-group/taskhawk-{queue_name.lower()}"
         assert group_itself["Resource"] == [f"arn:aws:scheduler:{region}:{name}"]
         assert group_itself["Action"] == ["scheduler:GetScheduleGroup"]
-        assert (lists["Action"], lists["Resource"]) == (["scheduler:ListSchedules"], ["*"])
+        assert (lists["Action"], lists["Resource"]) == (
+            ["scheduler:ListSchedules"],
+            ["*"],
+        )
 
     def test_topics(self, scheduled, queue_name, capsys):
         """In a Lambda app, schedules publish to the topics."""
@@ -20814,12 +20837,14 @@ class TestProvisionTable:
         assert "dynamodb:UpdateItem" in roles["operator"]["Statement"][-1]["Action"]
 
     def test_missing(self, aws, capsys):
-        """check says that tasks need a table where none is named, as workers do."""
+        """The command check says that tasks need a table where none is named, as workers do."""
         configure_aws(aws.url, "app")
         taskhawk.task(name="mail.send", once=True)(nothing)
         code, lines = check(capsys, "--priority=default")
         assert code == 1
-        assert f"error: {NO_TABLE}: workers do not start. Fix: as the error says" in lines
+        assert (
+            f"error: {NO_TABLE}: workers do not start. Fix: as the error says" in lines
+        )
 
 
 # --- 26. command line -----------------------------------------------------------------
