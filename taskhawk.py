@@ -411,9 +411,9 @@ class RetryException(TaskhawkError):
         if delay_seconds is None and args and _is_number(args[0]):
             delay_seconds = args[0]
             args = args[1:]
-        if delay_seconds is not None and not 0 <= delay_seconds < math.inf:
+        if delay_seconds is not None and not _is_delay(delay_seconds):
             raise ValueError(
-                f"delay_seconds: expected 0 or more seconds, got {delay_seconds}"
+                f"delay_seconds: expected 0 or more seconds, got {delay_seconds!r}"
             )
         if retry is not None and not callable(retry):
             raise ValueError(f"retry: expected a retry policy, got {retry!r}")
@@ -471,6 +471,11 @@ class StopRetry(TaskhawkError):
 def _is_number(value: object) -> typing.TypeGuard[float]:
     """Return whether a value is a number. True and False are not, unlike in Python."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_delay(value: object) -> typing.TypeGuard[float]:
+    """Return whether a value is a number of seconds that one can wait."""
+    return _is_number(value) and 0 <= value < math.inf
 
 
 def _text_of(error: object) -> str:
@@ -5898,11 +5903,6 @@ def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
     return isinstance(error, task.retry_on)
 
 
-def _is_delay(value: object) -> typing.TypeGuard[float]:
-    """Return whether a value is a number of seconds that one can wait."""
-    return _is_number(value) and 0 <= value < math.inf
-
-
 def _sentence(received: QueueMessage, end: str, outcome: Outcome) -> str:
     """Say which attempt ended how, and what becomes of the message."""
     then = _what_follows(received, outcome)
@@ -10007,7 +10007,7 @@ def _check_arguments(option: str, made: Task[Any, Any], names: Sequence[str]) ->
 def _check_keep(made: Task[Any, Any], value: object) -> None:
     """Check `keep_s`, which goes with `once`."""
     if not made.options.get("once"):
-        raise ConfigurationError(f"{made.name}: keep_s: expected once=, too")
+        raise ConfigurationError(f"{made.name}: keep_s: expected once= as well")
     if not _is_above_zero(value):
         raise ConfigurationError(
             f"{made.name}: keep_s: expected a number of seconds above 0, got {value!r}"
@@ -10023,8 +10023,8 @@ def _check_limit(made: Task[Any, Any], value: object) -> None:
     _check_arguments("limit", made, value.per)
     if value.every_s is None and made.time_limit is None:
         raise ConfigurationError(
-            f"{made.name}: limit: expected time_limit=, too, after which the place of a"
-            " worker that died is free again"
+            f"{made.name}: limit: expected time_limit= as well: after it, the place of"
+            " a worker that died is free again"
         )
 
 
@@ -10246,9 +10246,14 @@ def pause(priority: Priority, *, for_s: float | None = None) -> None:
 
     :param priority: of the queue
     :param for_s: after how many seconds it goes on by itself; None for never
-    :raises ConfigurationError: on SQS, if TASKHAWK_CLAIMS_TABLE is not set
+    :raises ConfigurationError: if an argument is wrong, or, on SQS, if
+        TASKHAWK_CLAIMS_TABLE is not set
     """
     keep_s = _FOR_EVER_S if for_s is None else for_s
+    if not _is_above_zero(keep_s):
+        raise ConfigurationError(
+            f"for_s: expected a number of seconds above 0, got {for_s!r}"
+        )
     _find_claims().finish(_pause_key(_queue_of(priority)), _PAUSED_BY, keep_s)
 
 
@@ -10270,8 +10275,17 @@ def _is_queue_paused(queue: str) -> bool:
     return _find_claims().is_done(_pause_key(queue))
 
 
+def _require_priority(priority: object) -> None:
+    """Refuse what is no Priority."""
+    if not isinstance(priority, Priority):
+        raise ConfigurationError(
+            f"priority: expected a taskhawk.Priority, got {priority!r}"
+        )
+
+
 def _queue_of(priority: Priority) -> str:
     """Return the name of the queue of a priority."""
+    _require_priority(priority)
     return _brokers.broker().destination(priority)
 
 
@@ -10438,8 +10452,8 @@ def _scheduler_role() -> str:
         example = _SETTINGS["TASKHAWK_SCHEDULER_ROLE"].example
         raise ConfigurationError(
             "TASKHAWK_SCHEDULER_ROLE is not set: delays of over 15 minutes on SQS, any"
-            " on SNS, and periodic tasks are schedules of EventBridge's, which send by"
-            f" a role: expected its ARN, such as {example!r}"
+            " on SNS, and periodic tasks are schedules of EventBridge Scheduler, which"
+            f" sends with a role: expected its ARN, such as {example!r}"
         )
     return str(role)
 
@@ -10782,7 +10796,7 @@ def _check_timezone(made: Task[Any, Any], value: Any) -> None:
     """Refuse a time zone that there is not, or without a schedule."""
     if "schedule" not in made.options:
         raise ConfigurationError(
-            f"{made.name} has timezone={value!r}: expected a schedule too"
+            f"{made.name} has timezone={value!r}: expected schedule= as well"
         )
     try:
         _zone(value)
@@ -11836,14 +11850,6 @@ def _letters_of(scan: _Scan) -> Generator[DeadLetter, None, None]:
     """Yield the dead letters of a scan, and show what is left when the loop ends."""
     with scan:
         yield from scan
-
-
-def _require_priority(priority: object) -> None:
-    """Refuse what is no Priority."""
-    if not isinstance(priority, Priority):
-        raise ConfigurationError(
-            f"priority: expected a taskhawk.Priority, got {priority!r}"
-        )
 
 
 def requeue_dead_letter(
@@ -13269,7 +13275,7 @@ def _parser() -> Any:
         text, _, example = (inspect.getdoc(run) or command).partition("\n\n")
         group, _, name = command.rpartition(" ")
         if group not in groups:
-            about = "look at dead letters, send them back or delete them"
+            about = "Look at dead letters, send them back, or delete them."
             made = groups[""].add_parser(group, help=about, epilog=example)
             made.set_defaults(parser=made)
             groups[group] = made.add_subparsers(metavar="ACTION", parser_class=make)
@@ -13617,7 +13623,7 @@ class _MeasuredWorker(Worker):
     _MODULES,
     _many(
         "--priority",
-        "queue to listen to (default: those of the tasks)",
+        "queue to listen to; may be repeated (default: those of the tasks)",
         choices=_PRIORITIES,
     ),
     _option(
@@ -13670,6 +13676,7 @@ class _MeasuredWorker(Worker):
         "--log-level",
         "least level to log (default: info)",
         choices=["debug", "info", "warning", "error"],
+        type=str.lower,
     ),
     _option(
         "--log-format", "format of the log (default: text)", choices=["text", "json"]
@@ -13758,7 +13765,12 @@ def _exit_overdue(ledger: Ledger) -> None:
         default={},
         metavar="JSON",
     ),
-    _many("--header", "a header: its name and value", type=_pair, metavar="K=V"),
+    _many(
+        "--header",
+        "a header, as NAME=VALUE; may be repeated",
+        type=_pair,
+        metavar="K=V",
+    ),
     _option(
         "--priority", "queue to send to (default: the task's)", choices=_PRIORITIES
     ),
@@ -13784,7 +13796,7 @@ def _dispatch(arguments: Any) -> None:
     """
     module = arguments.task.rpartition(".")[0]
     if module and arguments.task not in _registry:
-        _load([module], arguments.command)
+        _load_module_of(arguments.task, module)
     invocation = _task_named(arguments.task).with_headers(**dict(arguments.header))
     if arguments.priority:
         invocation = invocation.with_priority(Priority[arguments.priority])
@@ -13792,6 +13804,19 @@ def _dispatch(arguments: Any) -> None:
         invocation = invocation.with_group(arguments.group)
     invocation = invocation.with_delay(arguments.delay)
     print(invocation.dispatch(*arguments.args, **arguments.kwargs))
+
+
+def _load_module_of(task_name: str, module: str) -> None:
+    """Import the module that a task's name begins with; it may be any name."""
+    try:
+        _load([module], "dispatch")
+    except ConfigurationError as error:
+        if not isinstance(error.__cause__, ModuleNotFoundError):
+            raise
+        raise TaskNotFound(
+            f"no task is registered as {task_name!r}, and {error}: name the module that"
+            " defines the task with --module"
+        ) from error
 
 
 def _task_named(name: str) -> Task[..., Any]:
@@ -13820,7 +13845,11 @@ def _cancel(arguments: Any) -> bool:
     example: python -m taskhawk cancel b1328174-a21c-43d3-b303-964dfcc76efc
     """
     is_cancelled = cancel(arguments.id)
-    print("cancelled" if is_cancelled else "not found: it ran, or it is on its way")
+    print(
+        "cancelled"
+        if is_cancelled
+        else "nothing to cancel: no delayed message has this id"
+    )
     return not is_cancelled
 
 
@@ -13981,7 +14010,7 @@ def _show_json(counts: _AllCounts, _rates: _Rates) -> None:
     _MODULES,
     _many(
         "--priority",
-        "queue to check (default: those of the tasks)",
+        "queue to check; may be repeated (default: those of the tasks)",
         choices=_PRIORITIES,
     ),
     _AS_JSON,
@@ -14008,7 +14037,11 @@ _DASHBOARDS = {"dashboard": _dashboard, "dashboard-terraform": _dashboard_terraf
 @_command(
     "provision",
     _MODULES,
-    _many("--priority", "queue to make (default: all)", choices=_PRIORITIES),
+    _many(
+        "--priority",
+        "queue to make; may be repeated (default: all)",
+        choices=_PRIORITIES,
+    ),
     _option(
         "--max-receive-count",
         "receives after which a message is a dead letter (default: 5)",

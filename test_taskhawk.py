@@ -1536,6 +1536,12 @@ class TestErrors:
             made = refused(taskhawk.RetryException, *args, error=ValueError, **kwargs)
             assert made == sentence
 
+    def test_retry_at_a_text(self):
+        """RetryException refuses a delay that is no number."""
+        named = {"delay_seconds": "10"}
+        made = refused(taskhawk.RetryException, error=ValueError, **named)
+        assert made == "delay_seconds: expected 0 or more seconds, got '10'"
+
     def test_retry_by_no_policy(self):
         """RetryException refuses a policy that can't be called."""
         kwargs = {"error": ValueError, "retry": "soon"}
@@ -10035,6 +10041,7 @@ class TestBatchTasks:
                 assert outcome.error is error or type(outcome.error) is LookupError
                 trace = traceback.format_exception(outcome.error)
                 assert sum(line.count("in index") for line in trace) == (not error)
+                assert "in _end_run" not in "".join(trace)  # for it would grow
         delays = [outcome.delay_s for outcome in outcomes]
         assert delays == [7 if call == "later" else None for call in calls.split()]
 
@@ -13421,6 +13428,16 @@ class TestBatchesOfAWorker:
         ledger = worker_broker.work(num_messages=10, concurrency=2)
         assert ledger == taskhawk.Ledger(received=9, acked=9)
 
+    def test_next_batch(self, worker_broker):
+        """While a batch runs, those that are to run next are received."""
+
+        @taskhawk.task(batch=10, name="shop.index")
+        def index(calls: list[taskhawk.Call]) -> None:
+            worker_eventually(lambda: len(worker_broker.made("receive")) > 1)
+
+        worker_broker.put(index, *[()] * 25)
+        assert worker_broker.work(num_messages=10).acked == 25
+
     def test_interrupted(self, worker_broker, together):
         """What ends the worker leaves all of them to the queue."""
         index = taskhawk.Task.find_by_name("shop.index")
@@ -13627,6 +13644,26 @@ class TestCoroutines:
         finally:
             signal.signal(signal.SIGUSR1, before)
         assert ended == [1]
+
+    def test_interrupted_alone(self):
+        """Where others go on on the loop, what was interrupted is cancelled at once."""
+        event_loop, ended = taskhawk._EventLoop(), []
+
+        async def wait() -> None:
+            try:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                await asyncio.sleep(WORKER_PATIENCE_S)
+            finally:
+                ended.append(1)
+
+        before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit("told to"))
+        try:
+            with event_loop.in_this_thread():
+                with pytest.raises(SystemExit, match=r"^told to$"):
+                    event_loop.run(wait())
+                worker_eventually(lambda: ended)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
 
     def test_no_loop(self, worker_broker, act, caplog, monkeypatch):
         """A loop that can't be made fails the run, and the next one has it."""
@@ -16333,7 +16370,7 @@ STATE_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"unique": ("item", "size")}, "unique: the function has no argument 'size'"),
     ({"unique": ("metadata",)}, "unique: the function has no argument 'metadata'"),
     ({"once": ("more",)}, "once: the function has no argument 'more'"),
-    ({"keep_s": 60}, "keep_s: expected once=, too"),
+    ({"keep_s": 60}, "keep_s: expected once= as well"),
     (
         {"once": True, "keep_s": 0},
         "keep_s: expected a number of seconds above 0, got 0",
@@ -16346,7 +16383,7 @@ STATE_OPTIONS: list[tuple[dict[str, Any], str]] = [
     (
         {"limit": taskhawk.limit(1)},
         (
-            "limit: expected time_limit=, too, after which the place of a worker that died is"
+            "limit: expected time_limit= as well: after it, the place of a worker that died is"
             " free again"
         ),
     ),
@@ -17146,6 +17183,18 @@ class TestPauses:
         clock.now += 2
         assert not taskhawk.is_paused(Priority.bulk)
 
+    def test_wrong(self, stored):
+        """A wrong queue or time is refused."""
+        for change in (taskhawk.pause, taskhawk.resume, taskhawk.is_paused):
+            with pytest.raises(taskhawk.ConfigurationError) as caught:
+                change("bulk")
+            sentence = "priority: expected a taskhawk.Priority, got 'bulk'"
+            assert str(caught.value) == sentence
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.pause(Priority.bulk, for_s="10m")
+        sentence = "for_s: expected a number of seconds above 0, got '10m'"
+        assert str(caught.value) == sentence
+
     def test_looks(self, stored, monkeypatch, caplog):
         """A worker looks every 10 to 20 s, and goes on as before where it can't."""
         caplog.set_level(logging.INFO)
@@ -17361,8 +17410,8 @@ class TestChaosOfState:
 ROLE = "arn:aws:iam::000000000000:role/taskhawk-app"
 NO_ROLE = (
     "TASKHAWK_SCHEDULER_ROLE is not set: delays of over 15 minutes on SQS, any on SNS,"
-    " and periodic tasks are schedules of EventBridge's, which send by a role: expected"
-    " its ARN, such as 'arn:aws:iam::123456789012:role/taskhawk-dev-myapp'"
+    " and periodic tasks are schedules of EventBridge Scheduler, which sends with a role:"
+    " expected its ARN, such as 'arn:aws:iam::123456789012:role/taskhawk-dev-myapp'"
 )
 
 
@@ -17718,7 +17767,7 @@ class TestCancel:
         message_id = capsys.readouterr().out.strip()
         for code, line in (
             (0, "cancelled"),
-            (1, "not found: it ran, or it is on its way"),
+            (1, "nothing to cancel: no delayed message has this id"),
         ):
             assert taskhawk.main(["cancel", message_id]) == code
             assert capsys.readouterr().out == f"{line}\n"
@@ -17865,7 +17914,7 @@ class TestScheduleExpressions:
                     timedelta(days=70),
                 )
             ),
-            ({"timezone": "UTC"}, "timezone='UTC': expected a schedule too"),
+            ({"timezone": "UTC"}, "timezone='UTC': expected schedule= as well"),
             *(
                 (
                     {"schedule": "rate(1 day)", "timezone": wrong},
@@ -20837,7 +20886,7 @@ class TestProvisionTable:
         assert "dynamodb:UpdateItem" in roles["operator"]["Statement"][-1]["Action"]
 
     def test_missing(self, aws, capsys):
-        """The command check says that tasks need a table where none is named, as workers do."""
+        """Check says that tasks need a table where none is named, as workers do."""
         configure_aws(aws.url, "app")
         taskhawk.task(name="mail.send", once=True)(nothing)
         code, lines = check(capsys, "--priority=default")
@@ -20914,7 +20963,8 @@ listen ./job.py
 check shop/tasks.py
     check: 'shop/tasks.py' is a file: name the module, such as shop.tasks
 dispatch nowhere.f
-    the module 'nowhere' can't be imported: No module named 'nowhere'
+    no task is registered as 'nowhere.f', and the module 'nowhere' can't be imported: No
+    module named 'nowhere': name the module that defines the task with --module
 dispatch f
     no task is registered as 'f': is its module imported? Its name begins with its
     module, such as myapp.tasks.f
@@ -20924,6 +20974,8 @@ dispatch job.ad
     no task is registered as 'job.ad': is its module imported? Did you mean job.add?
 dispatch job.xyz
     no task is registered as 'job.xyz': is its module imported?
+dispatch odd.f
+    odd.f: *args can't be a task's parameter: name the arguments, or take a list
 tasks odd
     odd.f: *args can't be a task's parameter: name the arguments, or take a list
 dispatch job.add
