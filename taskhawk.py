@@ -12940,6 +12940,8 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
         yield _error(f"{queue}: it has no dead-letter queue", _NEVER_GIVEN_UP)
     else:
         yield from _check_receives(queue, info.max_receive_count, tasks)
+    if isinstance(broker, SqsBroker) and _is_fifo(queue):
+        yield from _check_deduplication(broker, queue, tasks)
     if isinstance(broker, SqsBroker) and info.dead_letter_queue:
         yield from _check_attributes(broker, queue, info.dead_letter_queue)
 
@@ -12999,6 +13001,21 @@ def _raise_receives(receives: int) -> str:
     if settings.TASKHAWK_BROKER == "sqs":
         return f"{_PROVISION} --max-receive-count {receives}"
     return f"set max_receive_count={receives} in TASKHAWK_BROKER"
+
+
+def _check_deduplication(
+    broker: SqsBroker, queue: str, tasks: Iterable[Task[..., Any]]
+) -> Iterator[_Finding]:
+    """Look whether a FIFO queue takes what schedules send, which has no id."""
+    if not any("schedule" in task.options for task in tasks):
+        return
+    name = "ContentBasedDeduplication"
+    if broker.attributes(queue, [name]).get(name) != "true":
+        yield _error(
+            f"{queue}: it has no content-based deduplication",
+            "it refuses what schedules send, and no dead-letter queue gets that",
+            f"set {name} of {queue} to true",
+        )
 
 
 def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Finding]:

@@ -20793,6 +20793,15 @@ class TestProvisionSchedules:
         client = sqs_client(taskhawk.settings.AWS_ENDPOINT_SQS)
         found = attributes_of(client, f"TASKHAWK-{queue_name}.fifo")
         assert found["ContentBasedDeduplication"] == "true"
+        url = client.get_queue_url(QueueName=f"TASKHAWK-{queue_name}.fifo")["QueueUrl"]
+        wrong = {"ContentBasedDeduplication": "false"}
+        client.set_queue_attributes(QueueUrl=url, Attributes=wrong)
+        finding = (
+            f"error: TASKHAWK-{queue_name}.fifo: it has no content-based deduplication:"
+            " it refuses what schedules send, and no dead-letter queue gets that. Fix:"
+            f" set ContentBasedDeduplication of TASKHAWK-{queue_name}.fifo to true"
+        )
+        assert finding in check(capsys, "--priority=default")[1]
 
 
 class TestProvisionTable:
