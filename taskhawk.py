@@ -9560,11 +9560,23 @@ def _is_well_formed(record: Mapping[str, Any]) -> bool:
 def _as_boto3(
     attributes: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    """Return message attributes under the names of a receive: Lambda's begin small."""
-    return {
-        name: {part[:1].upper() + part[1:]: it for part, it in value.items()}
-        for name, value in attributes.items()
-    }
+    """Return message attributes as a receive has them: Lambda's names begin small.
+
+    So they can be sent again. Lambda adds lists, which are always empty, and which SQS
+    does not take; the bytes of a binary one are Base64.
+    """
+    import base64
+
+    found = {}
+    for name, value in attributes.items():
+        attribute = {
+            part[:1].upper() + part[1:]: it for part, it in value.items() if it
+        }
+        if "BinaryValue" in attribute:
+            with contextlib.suppress(ValueError, TypeError):  # then it stays as it is
+                attribute["BinaryValue"] = base64.b64decode(attribute["BinaryValue"])
+        found[name] = attribute
+    return found
 
 
 # === PART V: STATE ====================================================================
@@ -9899,9 +9911,10 @@ class _SqliteClaims(_Claims):
             VALUES (?, '', ?, ?, ?) ON CONFLICT (key, token) DO UPDATE
             SET until_ms = excluded.until_ms, message_id = excluded.message_id,
             started_ms = excluded.started_ms
-            WHERE started_ms <= ? OR message_id = excluded.message_id"""
+            WHERE started_ms <= ? OR message_id = excluded.message_id
+            OR started_ms > ?"""  # since then the clock was set back: it says nothing
         until_ms = self._in_ms(_MAX_RETENTION_S)
-        values = (key, until_ms, message_id, started_ms, sent_ms)
+        values = (key, until_ms, message_id, started_ms, sent_ms, self._in_ms())
         return self._change(insert, values) > 0
 
     @property
@@ -11451,7 +11464,8 @@ class DeadLetter:
     sent back or deleted until the loop that it is of has ended.
 
     :ivar received: the message as the queue gave it, with its body and attributes
-    :ivar age_s: seconds since it was sent for the first time
+    :ivar age_s: seconds since it was sent: here, by a worker; or for the first time, if
+        the queue itself moved it
     :ivar record: what a worker recorded of the error: ``type``, ``message``,
         ``traceback``, ``attempt``, ``worker`` and ``time``; None where it recorded none
     :ivar message: None where the body is not valid; its task need not be registered
@@ -11501,7 +11515,7 @@ class DeadLetter:
 
     @property
     def sent(self) -> str:
-        """When it was sent for the first time, in ISO 8601."""
+        """When it was sent, as `age_s` has it, in ISO 8601."""
         return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(_sent_s(self.received)))
 
     def requeue(self) -> None:
@@ -11542,7 +11556,10 @@ class DeadLetter:
 
 
 def _sent_s(received: QueueMessage) -> float:
-    """Return when a message was sent for the first time, in epoch seconds."""
+    """Return when a message was sent, as SQS counts, in epoch seconds.
+
+    A redrive keeps that time; a copy has its own.
+    """
     return int(received.attributes.get("SentTimestamp", 0)) / 1000
 
 
@@ -11834,8 +11851,8 @@ def dead_letters(
     :param task: only those of this task; ``*`` and ``?`` stand for any text
     :param error: only those with this text in their :attr:`DeadLetter.cause`
     :param header: only those with these headers, whose values are compared as text
-    :param older_than_s: only those first sent at least so many seconds ago
-    :param newer_than_s: only those first sent at most so many seconds ago
+    :param older_than_s: only those whose :attr:`DeadLetter.age_s` is at least that
+    :param newer_than_s: only those whose age is at most that
     :raises ConfigurationError: if the queue has no dead-letter queue
     """
     _require_priority(priority)
@@ -12011,8 +12028,8 @@ class _Resource(NamedTuple):
 
 
 def _label(name: str) -> str:
-    """Return Terraform's name for a queue or topic."""
-    return re.sub(r"\W", "_", name.lower())
+    """Return Terraform's name for a resource: it can't begin with a digit."""
+    return re.sub(r"\W|^(?=[0-9])", "_", name.lower())
 
 
 def _resources(
@@ -12314,6 +12331,9 @@ def _group_change(scheduler: _Scheduler, resource: _Resource) -> _Change | None:
     return _Change("made", "create_schedule_group", parameters)
 
 
+_SCHEDULE_KEEPS = ("State", "KmsKeyArn")  # not a StartDate: a past one is refused
+
+
 def _schedule_change(scheduler: _Scheduler, resource: _Resource) -> _Change | None:
     """Return how to make or correct a periodic task's schedule; None if it is right."""
     wanted = _periodic_schedule(_periodic_tasks()[resource.name])
@@ -12326,8 +12346,9 @@ def _schedule_change(scheduler: _Scheduler, resource: _Resource) -> _Change | No
     ]
     if not differing:
         return None
-    # An update resets what it leaves out, and someone may have disabled it.
-    parameters = {**wanted, "State": existing["State"]}
+    # An update resets what it leaves out. Someone may have disabled it, for example.
+    kept = {key: existing[key] for key in _SCHEDULE_KEEPS if key in existing}
+    parameters = {**kept, **wanted}
     return _Change(f"changed: {', '.join(differing)}", "update_schedule", parameters)
 
 
@@ -12458,10 +12479,30 @@ def _provide(resource: _Resource, *, dry_run: bool) -> str:
         return f"{what}: would be {change.text}"
     client = sender.client("send")
     with _explained(resource.name):
-        getattr(client, change.operation)(**change.parameters)
+        _make(client, change)
         if change.operation == "create_table":  # nothing can be set of it before
             client.get_waiter("table_exists").wait(TableName=resource.name)
     return f"{what}: {change.text}"
+
+
+_NEW_ROLE = "must allow AWS EventBridge Scheduler to assume the role"  # says Scheduler
+_NEW_ROLE_PAUSES = 10
+_NEW_ROLE_PAUSE_S = 3.0
+
+
+def _make(client: Any, change: _Change) -> None:
+    """Make a change; wait for a role that is new, which takes IAM some seconds."""
+    call = functools.partial(getattr(client, change.operation), **change.parameters)
+    for _ in range(_NEW_ROLE_PAUSES):
+        try:
+            call()
+        except Exception as error:
+            if _NEW_ROLE not in str(error):
+                raise
+            time.sleep(_NEW_ROLE_PAUSE_S)
+        else:
+            return
+    call()
 
 
 _SEND = "sqs:SendMessage sqs:GetQueueUrl"
@@ -12475,6 +12516,7 @@ _LOOK_AT_TABLE = "dynamodb:DescribeTable dynamodb:DescribeTimeToLive"
 _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter queues
     ("publisher", "aws_sns_topic", "sns:Publish"),
     ("publisher", "aws_sqs_queue", _SEND),
+    ("publisher", "queue with a limit", "sqs:GetQueueAttributes"),
     ("worker", "aws_sqs_queue", f"{_RECEIVE} {_SEND}"),  # it postpones by copies
     ("worker", "DLQ", _SEND),
     # No sqs:GetQueueUrl: the URL is put together from the event's ARN.
@@ -12528,9 +12570,16 @@ def _grantable(resource: _Resource) -> Iterator[tuple[str, str]]:
     if _is_dead_letter_queue(name):
         kind = "DLQ"
     yield kind, arn(_ARN_PREFIXES[resource.kind] + name)
+    if kind == "aws_sqs_queue" and _has_sizes():
+        yield "queue with a limit", arn(name)
     if kind == "aws_scheduler_schedule_group":
         yield "schedules", arn(f"schedule/{name}/*")
         yield "all schedules", "*"  # a list is of no resource, says AWS
+
+
+def _has_sizes() -> bool:
+    """Return whether a dispatch of some task asks how many messages its queue has."""
+    return any("max_queue_size" in task.options for task in _registry.values())
 
 
 _ARN_PREFIXES = {
@@ -12907,6 +12956,8 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
         yield _error(f"{queue}: it has no dead-letter queue", _NEVER_GIVEN_UP)
     else:
         yield from _check_receives(queue, info.max_receive_count, tasks)
+    if isinstance(broker, SqsBroker) and _is_fifo(queue):
+        yield from _check_deduplication(broker, queue, tasks)
     if isinstance(broker, SqsBroker) and info.dead_letter_queue:
         yield from _check_attributes(broker, queue, info.dead_letter_queue)
 
@@ -12966,6 +13017,21 @@ def _raise_receives(receives: int) -> str:
     if settings.TASKHAWK_BROKER == "sqs":
         return f"{_PROVISION} --max-receive-count {receives}"
     return f"set max_receive_count={receives} in TASKHAWK_BROKER"
+
+
+def _check_deduplication(
+    broker: SqsBroker, queue: str, tasks: Iterable[Task[..., Any]]
+) -> Iterator[_Finding]:
+    """Look whether a FIFO queue takes what schedules send, which has no id."""
+    if not any("schedule" in task.options for task in tasks):
+        return
+    name = "ContentBasedDeduplication"
+    if broker.attributes(queue, [name]).get(name) != "true":
+        yield _error(
+            f"{queue}: it has no content-based deduplication",
+            "it refuses what schedules send, and no dead-letter queue gets that",
+            f"set {name} of {queue} to true",
+        )
 
 
 def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Finding]:

@@ -15875,6 +15875,27 @@ class TestLambda:
             PROCESSING_ID, "ID"
         )
 
+    def test_attributes_of_a_copy(self, lambda_sqs, lambda_runs):
+        """A copy has the message's attributes as they were sent, in the form SQS takes."""
+        event = lambda_event("not yet", make=lambda_sqs_record)
+        given = event["Records"][0]["messageAttributes"]
+        given["image"] = {"binaryValue": "AP8=", "dataType": "Binary"}
+        given["hostile"] = {"binaryValue": 7, "dataType": "Binary"}
+        received = taskhawk._from_record(event["Records"][0])
+        assert received.message_attributes == {
+            "request_id": {"StringValue": "1234", "DataType": "String"},
+            "image": {"BinaryValue": b"\x00\xff", "DataType": "Binary"},
+            "hostile": {"BinaryValue": 7, "DataType": "Binary"},
+        }
+        del given["hostile"]
+        lambda_consume(event)
+        [copy] = lambda_sqs.asked("SendMessage")
+        assert copy["MessageAttributes"] == {
+            "request_id": {"StringValue": "1234", "DataType": "String"},
+            "image": {"BinaryValue": "AP8=", "DataType": "Binary"},
+            "taskhawk.postponed": {"StringValue": "1", "DataType": "String"},
+        }
+
     def test_postponed_of_a_topic(self, lambda_sqs, lambda_runs):
         """No copy can take the place of a message of a topic: Lambda retries it."""
         event = lambda_event("not yet", make=lambda_sns_record)
@@ -16930,6 +16951,23 @@ class TestUnique:
         event = {"Records": [lambda_sns_record(processing_body(), "m1")] * 2}
         assert lambda_consume(event) == (None, [])
         assert len(runs) == 2
+
+    def test_clock_set_back(self, stored):
+        """A clock of SQLite's that is set back has no message taken for seen."""
+        broker, clock = stored
+        seen: list[int] = []
+
+        def run() -> None:
+            seen.append(1)
+
+        job = taskhawk.task(name="mail.send", unique=True)(run)
+        job.dispatch()
+        work_once(broker)
+        clock.now -= 3600
+        job.dispatch()
+        clock.now += 1
+        work_once(broker)
+        assert len(seen) == 2
 
 
 class TestLimits:
@@ -20053,6 +20091,10 @@ class TestProvision:
         assert (queue["Resource"], dead["Resource"]) == ([arn], [f"{arn}-DLQ"])
         assert "sqs:ChangeMessageVisibility" in queue["Action"]
         assert dead["Action"] == send
+        taskhawk.task(name="mail.send", max_queue_size=9)(nothing)
+        roles = provision_json(capsys, "--format=iam", "--priority=default")
+        look = {**statement, "Action": ["sqs:GetQueueAttributes"]}
+        assert roles["publisher"] == {**policy, "Statement": [statement, look]}
 
     def test_topics(self, endpoint, sqs_client, queue_name, capsys):
         """A Lambda app has topics, and functions subscribe to them."""
@@ -20542,6 +20584,39 @@ class TestProvisionSchedules:
                 )
                 assert not report.has_errors(), report.generate_report()
 
+    @pytest.mark.parametrize("refusals", [0, 2, 11])
+    def test_new_role(self, stubbed, monkeypatch, refusals):
+        """A role that was made just now is not known everywhere: the schedule waits for it."""
+        monkeypatch.setattr(taskhawk, "_NEW_ROLE_PAUSE_S", 0)
+        text = "The execution role you provide must allow AWS EventBridge Scheduler to"
+        text += " assume the role."
+        for _ in range(refusals):
+            stubbed.add_client_error("create_schedule", "ValidationException", text)
+        if refusals < 11:
+            stubbed.add_response("create_schedule", {"ScheduleArn": "arn"})
+        task = taskhawk.task(name="app.audit", schedule="rate(5 minutes)")(nothing)
+        wanted = taskhawk._periodic_schedule(task)
+        change = taskhawk._Change("made", "create_schedule", wanted)
+        client = taskhawk._brokers.get("schedule").client("send")
+        make = functools.partial(taskhawk._make, client, change)
+        if refusals < 11:
+            make()
+            stubbed.add_client_error("create_schedule", "ValidationException", "no")
+        with pytest.raises(botocore.exceptions.ClientError):
+            make()
+
+    def test_update(self, stubbed, queue_name):
+        """An update resets what it leaves out: what others have set is not left out."""
+        task = taskhawk.task(name="app.audit", schedule="rate(5 minutes)")(nothing)
+        wanted = taskhawk._periodic_schedule(task)
+        others = {"State": "DISABLED", "KmsKeyArn": "arn:aws:kms:us-east-1:1:key/2"}
+        existing = {**wanted, **others, "ScheduleExpression": "rate(6 minutes)"}
+        stubbed.add_response("get_schedule", existing)
+        scheduler = taskhawk._brokers.get("schedule")
+        resource = taskhawk._Resource("aws_scheduler_schedule", "task.app.audit", {})
+        change = taskhawk._schedule_change(scheduler, resource)
+        assert change.parameters == {**wanted, **others}
+
     def test_message(self, scheduled, caplog):
         """With the time filled in, the input is a message that runs, with one id a firing."""
         task = taskhawk._registry["app.audit"]
@@ -20771,6 +20846,15 @@ class TestProvisionSchedules:
         client = sqs_client(taskhawk.settings.AWS_ENDPOINT_SQS)
         found = attributes_of(client, f"TASKHAWK-{queue_name}.fifo")
         assert found["ContentBasedDeduplication"] == "true"
+        url = client.get_queue_url(QueueName=f"TASKHAWK-{queue_name}.fifo")["QueueUrl"]
+        wrong = {"ContentBasedDeduplication": "false"}
+        client.set_queue_attributes(QueueUrl=url, Attributes=wrong)
+        finding = (
+            f"error: TASKHAWK-{queue_name}.fifo: it has no content-based deduplication:"
+            " it refuses what schedules send, and no dead-letter queue gets that. Fix:"
+            f" set ContentBasedDeduplication of TASKHAWK-{queue_name}.fifo to true"
+        )
+        assert finding in check(capsys, "--priority=default")[1]
 
 
 class TestProvisionTable:
@@ -20830,6 +20914,13 @@ class TestProvisionTable:
         )
         assert taskhawk.main(["provision", "--priority=default"]) == 2
         assert capsys.readouterr().err == f"taskhawk: {sentence}\n"
+
+    @pytest.mark.parametrize(
+        ("name", "label"), [("3-claims", "_3_claims"), ("Claims.v2", "claims_v2")]
+    )
+    def test_label(self, name, label):
+        """What Terraform calls a table is an identifier of Terraform's."""
+        assert taskhawk._label(name) == label
 
     def test_described(self, aws, capsys):
         """Terraform has its TTL in it; workers may update its items, and no more."""
