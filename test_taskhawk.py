@@ -10447,8 +10447,8 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         assert counts.pop("received") == self.count
         assert sum(counts.values()) + len(self.holdings.held) == self.count
         holdings = self.holdings
-        along = sum(held.is_along for held in holdings.held)
-        assert holdings.running + along == len(self.running)
+        runs = [held for held in self.running if held.is_run]
+        assert holdings.running == len(runs)
         known = holdings.waiting + len(self.running) + len(holdings.decided)
         assert known == len(holdings.held)
 
