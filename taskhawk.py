@@ -7352,11 +7352,11 @@ class _Polled:
         return next(iter(self.polls)).began_at + _QUIET_S
 
     @property
-    def turn(self) -> tuple[bool, float]:
+    def turn(self) -> tuple[bool, float, int]:
         """What is less for the one to be asked first, where not all can be."""
         if self.is_empty:
-            return True, self.asked_at
-        return False, self.rank
+            return True, self.asked_at, self.rank
+        return False, 0, self.rank
 
 
 class _Polls:

@@ -11414,7 +11414,7 @@ class PollsMachine(hypothesis.stateful.RuleBasedStateMachine):
         if self.last.get(queue) == 0 or queue in self.over:
             return True
         flights = self.in_flight(queue)
-        return bool(flights) and self.now - flights[0].began_at >= 0.1
+        return bool(flights) and self.now >= flights[0].began_at + 0.1
 
     @hypothesis.stateful.rule(which=st.integers(0, 2))
     def ask(self, which: int) -> None:
