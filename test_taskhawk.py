@@ -10477,8 +10477,8 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         assert counts.pop("received") == self.count
         assert sum(counts.values()) + len(self.holdings.held) == self.count
         holdings = self.holdings
-        along = sum(held.is_along for held in holdings.held)
-        assert holdings.running + along == len(self.running)
+        runs = [held for held in self.running if held.is_run]
+        assert holdings.running == len(runs)
         known = holdings.waiting + len(self.running) + len(holdings.decided)
         assert known == len(holdings.held)
 
@@ -11444,7 +11444,7 @@ class PollsMachine(hypothesis.stateful.RuleBasedStateMachine):
         if self.last.get(queue) == 0 or queue in self.over:
             return True
         flights = self.in_flight(queue)
-        return bool(flights) and self.now - flights[0].began_at >= 0.1
+        return bool(flights) and self.now >= flights[0].began_at + 0.1
 
     @hypothesis.stateful.rule(which=st.integers(0, 2))
     def ask(self, which: int) -> None:
