@@ -2282,7 +2282,8 @@ _LINE_START = -(10**15) // 2  # earlier versions put times below it: those come 
 _BEHIND = 2**62
 _JOIN = 0  # whatever is set to this joins the line; no clock has this time any more
 _SECOND_PLACE = f"""1 + max({_LINE_START}, coalesce((SELECT min(visible_ms)
-    FROM message WHERE queue = {{}} AND visible_ms < 0), {_LINE_START}))"""  # noqa: S608
+    FROM message WHERE queue = {{}} AND visible_ms < 0),
+    {_LINE_START}))"""  # noqa: S608
 _JOIN_LINE = f"""UPDATE message SET visible_ms = CASE
     WHEN queue GLOB '*{_FIFO}' AND queue NOT GLOB '*-DLQ{_FIFO}' AND EXISTS (
         SELECT 1 FROM message WHERE queue = new.queue AND group_id = new.group_id
@@ -2637,7 +2638,7 @@ class SqliteBroker(Broker):
             ORDER BY id"""
         rows = file.read(find, (queue, until_ms, token))
         max_receives = self.info(queue).max_receive_count
-        return [self._message(queue, row, max_receives) for row in rows]
+        return [_to_message(self, queue, row, max_receives) for row in rows]
 
     def _show(self, queue: str, now_ms: int) -> None:
         """Show for good the messages whose delay or visibility timeout has ended.
@@ -2654,30 +2655,6 @@ class SqliteBroker(Broker):
         show = """UPDATE message SET visible_ms = ?
             WHERE queue = ? AND visible_ms BETWEEN 0 AND ?"""
         self._file.change(show, (_JOIN, queue, now_ms))
-
-    def _message(
-        self, queue: str, row: Sequence[Any], max_receives: int | None
-    ) -> QueueMessage:
-        """Return a message that was just received."""
-        receipt, receive_count, sent_ms, attributes, body, message_id, *more = row
-        group, first_ms = more
-        system_attributes = {
-            "ApproximateReceiveCount": str(receive_count),
-            "SentTimestamp": str(sent_ms),
-            "ApproximateFirstReceiveTimestamp": str(first_ms),
-        }
-        if group is not None:
-            system_attributes["MessageGroupId"] = group
-        return QueueMessage(
-            body=body,
-            message_id=message_id,
-            receipt_handle=receipt,
-            attributes=system_attributes,
-            message_attributes=json.loads(attributes),
-            queue=queue,
-            broker=self,
-            max_receive_count=max_receives,
-        )
 
     def delete(
         self, queue: str, receipts: Sequence[str], *, retry: bool = False
@@ -2731,6 +2708,31 @@ class SqliteBroker(Broker):
         values = (now_ms, _BEHIND, now_ms, now_ms, _BEHIND, queue)
         [counts] = self._file.read(count, values)
         return Depth(*counts)
+
+
+def _to_message(
+    broker: SqliteBroker, queue: str, row: Sequence[Any], max_receives: int | None
+) -> QueueMessage:
+    """Return a message that was just received."""
+    receipt, receive_count, sent_ms, attributes, body, message_id, *more = row
+    group, first_ms = more
+    system_attributes = {
+        "ApproximateReceiveCount": str(receive_count),
+        "SentTimestamp": str(sent_ms),
+        "ApproximateFirstReceiveTimestamp": str(first_ms),
+    }
+    if group is not None:
+        system_attributes["MessageGroupId"] = group
+    return QueueMessage(
+        body=body,
+        message_id=message_id,
+        receipt_handle=receipt,
+        attributes=system_attributes,
+        message_attributes=json.loads(attributes),
+        queue=queue,
+        broker=broker,
+        max_receive_count=max_receives,
+    )
 
 
 def _marks(mark: str, values: Sequence[object]) -> str:
@@ -10154,7 +10156,10 @@ def _wait_s(received: QueueMessage) -> float:
     A look costs a receive, a claim, a copy and a delete. The longer a message waits,
     the fewer looks; after some minutes that is one request in thirty seconds.
     """
-    doublings = min(received.postponed, 10)
+    looks = received.postponed
+    if received.is_fifo:  # it can't be postponed: each look is a receive that counts
+        looks = received.receive_count - 1
+    doublings = min(looks, 10)
     return _jittered(min(_FIRST_WAIT_S * 2**doublings, _LONGEST_WAIT_S))
 
 
@@ -10216,6 +10221,7 @@ def _tell(operation: str, *values: object) -> None:
 
 _LOOK_S = 20  # from one look at a pause or a worker's place to the next, at most
 _PLACE_S = 60  # that a worker's place lasts without an extension
+_KEEP_EVERY_S = 5  # a look at which places are to be extended; most are not yet
 _FOR_EVER_S = 100 * 365 * 86_400
 _PAUSED_BY = "0-"  # the token of a pause: anybody may end it
 
@@ -10304,6 +10310,13 @@ class _Gate:
             _log.info("%s: receives again", queue)
         return not found
 
+    def keep(self, stop: threading.Event) -> None:
+        """Keep its places while it is too busy to receive; the body of a thread."""
+        while not stop.wait(_KEEP_EVERY_S):
+            for queue, token in [*self._tokens.items()]:
+                if token:
+                    self.is_open(queue)
+
     def _look(self, queue: str, before: str) -> str:
         """Return why not to receive, or ""; if that can't be told, as before."""
         try:
@@ -10343,7 +10356,18 @@ def _may_receive(worker: Worker, queue: str) -> bool:
     return gate.is_open(queue)
 
 
+def _begin_keeping(
+    worker: Worker, stop: threading.Event
+) -> Callable[[], object] | None:
+    """Have a worker keep its places, also while all that it may run is running."""
+    if worker.max_workers is None:
+        return None
+    gate = _gate_of.setdefault(worker, _Gate(worker))
+    return functools.partial(gate.keep, stop)
+
+
 _gates.append(_may_receive)
+_beside_workers.append(_begin_keeping)
 
 
 # --- 22. schedules --------------------------------------------------------------------
@@ -10474,13 +10498,33 @@ class _Scheduler(_AwsSender):
 
     def delete(self, name: str) -> bool:
         """Delete a schedule; return whether it was there."""
+        return self._call_on(name, "delete_schedule") is not None
+
+    def cancel(self, name: str) -> bool:
+        """Delete a message's schedule; return whether it can't have been sent.
+
+        Once it is due, it is left alone: it is sent, or was and is still listed, or it
+        is tried again, and is not to be lost.
+        """
+        found = self._call_on(name, "get_schedule")
+        if found is None or _is_due(found["ScheduleExpression"]):
+            return False
+        return self.delete(name) and not _is_due(found["ScheduleExpression"])
+
+    def _call_on(self, name: str, operation: str) -> Any:
+        """Make a call for a schedule; return its answer, None if there is none."""
         try:
-            self.call("send", "delete_schedule", _schedule_group(), Name=name)
+            return self.call("send", operation, _schedule_group(), Name=name)
         except Exception as error:
             if _error_code(error) != "ResourceNotFoundException":
                 raise
-            return False
-        return True
+            return None
+
+
+def _is_due(at: str) -> bool:
+    """Return whether a message may have been sent, by what :func:`_at` made of it."""
+    soon = datetime.now(UTC) + timedelta(seconds=_SKEW_S)  # AWS's clock is another
+    return at <= f"at({soon:%Y-%m-%dT%H:%M:%S})"
 
 
 _schemes["schedule"] = _Scheduler
@@ -10490,18 +10534,20 @@ def cancel(message_id: str) -> bool:
     """Delete a message whose delay has not ended yet.
 
     On SQS and SNS this deletes its schedule. A message that the queue itself delays, up
-    to 15 minutes on SQS, can't be cancelled. Nor can one that runs or has run.
+    to 15 minutes on SQS, can't be cancelled. Nor can one that runs, has run or was
+    postponed: with the option `unique`, it may stand for others that were ignored.
 
     :param message_id: what dispatch returned
-    :returns: whether the message was still waiting; if so, it will never run
-    :raises ConfigurationError: if schedules may not be deleted
+    :returns: whether the message was still waiting; if so, it will never run. If it is
+        due within seconds, that is False.
+    :raises ConfigurationError: if schedules may not be read and deleted
     :raises Exception: of botocore or sqlite3, if the call fails otherwise; the message
         may have been deleted then
     """
     sender = _brokers.sender()
     if isinstance(sender, _AwsSender):
         scheduler: _Scheduler = _brokers.get("schedule")
-        return scheduler.delete(_schedule_name(message_id))
+        return scheduler.cancel(_schedule_name(message_id))
     if isinstance(sender, SqliteBroker):
         return _cancel_in_file(sender, message_id)
     return False  # in sync mode and in capture(), nothing waits
@@ -10513,9 +10559,11 @@ def _cancel_in_file(broker: SqliteBroker, message_id: str) -> bool:
     beginning = _ENCODER.encode({"id": message_id})[:-1] + ","  # of each body
     delete = "DELETE FROM message WHERE"
     where = f"""queue IN ({_marks("?", queues)}) AND visible_ms > ?
-        AND visible_ms < ? AND receipt IS NULL AND substr(body, 1, ?) = ?"""
+        AND visible_ms < ? AND receipt IS NULL AND instr(attributes, ?) = 0
+        AND substr(body, 1, ?) = ?"""
     now_ms = broker._in_ms()  # noqa: SLF001
-    values = (*queues, now_ms, _BEHIND, len(beginning), beginning)
+    postponed = json.dumps(_POSTPONED_ATTRIBUTE)
+    values = (*queues, now_ms, _BEHIND, postponed, len(beginning), beginning)
     file = broker._file  # noqa: SLF001 - both are of this very file
     return file.change(f"{delete} {where}", values) > 0
 
@@ -10826,7 +10874,7 @@ _SCHEDULE_TABLE = (
     END""",  # noqa: S608 - no value is in it
 )
 _NEVER_MS = 10**15
-_LONGEST_WAIT_S = 60  # a machine may sleep meanwhile, which no wait notices
+_LONGEST_NAP_S = 60  # a machine may sleep meanwhile, which no wait notices
 
 
 class _Ticker:
@@ -10858,7 +10906,7 @@ class _Ticker:
             if left_s <= 0:
                 self.look()
             else:
-                self._stop.wait(min(left_s, _LONGEST_WAIT_S))
+                self._stop.wait(min(left_s, _LONGEST_NAP_S))
 
     def look(self) -> None:
         """Queue what is due; where that fails, say so once and try again later."""
@@ -12405,12 +12453,9 @@ _RECEIVE = (
     "sqs:ReceiveMessage sqs:DeleteMessage"
     " sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
 )
-_SCHEDULE = "scheduler:CreateSchedule scheduler:DeleteSchedule"
+_CANCEL = "scheduler:GetSchedule scheduler:DeleteSchedule"
+_SCHEDULE = f"scheduler:CreateSchedule {_CANCEL}"
 _LOOK_AT_TABLE = "dynamodb:DescribeTable dynamodb:DescribeTimeToLive"
-_LOOK_AT_SCHEDULES = (
-    "scheduler:GetScheduleGroup scheduler:GetSchedule"
-    " scheduler:ListSchedules scheduler:DeleteSchedule"
-)
 _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter queues
     ("publisher", "aws_sns_topic", "sns:Publish"),
     ("publisher", "aws_sqs_queue", _SEND),
@@ -12418,26 +12463,27 @@ _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter
     ("worker", "DLQ", _SEND),
     # No sqs:GetQueueUrl: the URL is put together from the event's ARN.
     ("lambda", "aws_sqs_queue", f"{_RECEIVE} sqs:SendMessage"),
-    ("publisher", "aws_scheduler_schedule_group", _SCHEDULE),
+    ("publisher", "schedules", _SCHEDULE),
     ("publisher", "aws_iam_role", "iam:PassRole"),
     ("worker", "aws_dynamodb_table", "dynamodb:UpdateItem"),
     ("lambda", "aws_dynamodb_table", "dynamodb:UpdateItem"),
     ("operator", "aws_sns_topic", "sns:ListSubscriptionsByTopic"),
     ("operator", "aws_sqs_queue", f"{_SEND} sqs:GetQueueAttributes"),
     ("operator", "DLQ", f"{_RECEIVE} sqs:GetQueueUrl"),
-    ("operator", "aws_scheduler_schedule_group", _LOOK_AT_SCHEDULES),
-    ("operator", "aws_dynamodb_table", _LOOK_AT_TABLE),
+    ("operator", "schedules", _CANCEL),
+    ("operator", "aws_scheduler_schedule_group", "scheduler:GetScheduleGroup"),
+    ("operator", "all schedules", "scheduler:ListSchedules"),
+    # It pauses queues, and looks whether they are paused.
+    ("operator", "aws_dynamodb_table", f"{_LOOK_AT_TABLE} dynamodb:UpdateItem"),
 ]
 
 
 def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
     """Write the least policies, by role."""
     arns: dict[str, list[str]] = {}
-    granted = {kind for _, kind, _ in _GRANTS}
     for resource in resources:
-        kind = "DLQ" if _is_dead_letter_queue(resource.name) else resource.kind
-        if kind in granted:
-            arns.setdefault(kind, []).append(_arn_of(resource))
+        for kind, arn in _grantable(resource):
+            arns.setdefault(kind, []).append(arn)
     policies: dict[str, Any] = {}
     for role, kind, actions in _GRANTS:
         if kind in arns:
@@ -12454,17 +12500,29 @@ def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
     return policies
 
 
-def _arn_of(resource: _Resource) -> str:
-    """Return the ARN by which a policy names a resource, or what is in it."""
-    if resource.kind == "aws_iam_role":
-        return _scheduler_role()
-    service, _ = _PROVIDERS[resource.kind]
-    name = resource.name
-    if resource.kind == "aws_scheduler_schedule_group":
-        name = f"schedule/{name}/*"
-    if resource.kind == "aws_dynamodb_table":
-        name = f"table/{name}"
-    return str(_brokers.get(service).arn(name))
+def _grantable(resource: _Resource) -> Iterator[tuple[str, str]]:
+    """Yield what rights can be granted on, as _GRANTS calls it, and its ARN."""
+    kind, name = resource.kind, resource.name
+    if kind == "aws_iam_role":
+        yield kind, _scheduler_role()
+    if kind not in _ARN_PREFIXES:
+        return
+    service, _ = _PROVIDERS[kind]
+    arn = _brokers.get(service).arn
+    if _is_dead_letter_queue(name):
+        kind = "DLQ"
+    yield kind, arn(_ARN_PREFIXES[resource.kind] + name)
+    if kind == "aws_scheduler_schedule_group":
+        yield "schedules", arn(f"schedule/{name}/*")
+        yield "all schedules", "*"  # a list is of no resource, says AWS
+
+
+_ARN_PREFIXES = {
+    "aws_sqs_queue": "",
+    "aws_sns_topic": "",
+    "aws_dynamodb_table": "table/",
+    "aws_scheduler_schedule_group": "schedule-group/",
+}
 
 
 class _Watched(NamedTuple):
@@ -12729,6 +12787,10 @@ def _check_state() -> Iterator[_Finding]:
     look = _check_state_on_aws
     if settings.TASKHAWK_BROKER != "sqs":
         look = _check_state_in_file
+    try:
+        _check_before_work()
+    except ConfigurationError as error:
+        yield _error(str(error), "workers do not start", _TOLD)
     try:
         yield from look()
     except Exception as error:
@@ -13305,7 +13367,7 @@ class _DemoWorker(Worker):
         if outcome.error:
             line += f": {outcome.error}"
         if outcome.delay_s is not None:
-            line += f"; again in {outcome.delay_s:g} s"
+            line += f"; again in {outcome.delay_s:.2g} s"
         print(line)
 
 
@@ -13357,8 +13419,32 @@ def _play() -> bool:
     print("\nThe bug in demo.divide is fixed, and its dead letter sent back:")
     print(f"{'requeued':15}{requeue_dead_letter(Priority.default)} message")
     second = work().run()
-    print(f"\nThe ledgers of the two workers:\n  {first}\n  {second}")
-    return (first.dead_lettered, second.acked) != (1, 1)
+    third = _play_in_turn(work)
+    print(f"\nThe ledgers of the three workers:\n  {first}\n  {second}\n  {third}")
+    ends = first.dead_lettered, second.acked, third.acked, third.postponed
+    return ends != (1, 1, 1, 1)
+
+
+def _play_in_turn(work: Callable[..., Worker]) -> Ledger:
+    """Show a limit, a cancelled message and a schedule; return the worker's ledger."""
+
+    @task(name="demo.sync", limit=limit(1, per=("customer",), every_s=60))
+    def sync(customer: str) -> None:
+        print(f"{'':29}{customer} is in step again")
+
+    print("\ndemo.sync may run once a minute for each customer:")
+    ids = [sync.dispatch("Ann") for _ in range(2)]
+    ledger = work(until_empty=False, loop_count=1).run()
+    if cancel(ids[1]):
+        print(f"{'cancelled':15}{sync.name:14}{ids[1]}")
+
+    @task(name="demo.report", schedule="cron(0 9 ? * MON-FRI *)")
+    def report() -> None:
+        """Be declared: the demo does not wait until it is due."""
+
+    row = _row_of(report)
+    print(f"{'scheduled':15}{report.name:14}{row['schedule']}: due {row['next']}")
+    return ledger
 
 
 _EMF_EVERY_S = 60  # the resolution of CloudWatch's standard metrics
@@ -13541,6 +13627,7 @@ class _MeasuredWorker(Worker):
         "--log-level",
         "least level to log (default: info)",
         choices=["debug", "info", "warning", "error"],
+        type=str.lower,
     ),
     _option(
         "--log-format", "format of the log (default: text)", choices=["text", "json"]

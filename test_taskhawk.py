@@ -1193,7 +1193,8 @@ def house_uses(node: ast.AST, own: frozenset[str] = frozenset()) -> Iterator[ast
         names = [each for each in ast.walk(node) if isinstance(each, ast.Name)]
         own |= {each.id for each in names if isinstance(each.ctx, ast.Store)}
         own |= {each.arg for each in ast.walk(node) if isinstance(each, ast.arg)}
-    if isinstance(node, ast.Name) and node.id not in own:
+    is_used = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    if is_used and node.id not in own:
         yield node
     for field, value in ast.iter_fields(node):
         if field not in ("annotation", "returns"):
@@ -1394,6 +1395,17 @@ class TestHouse:
             assert len([*below]) in wanted, title
         tests = house_banners(Path(__file__).read_text(encoding="utf-8"))
         assert [(number, title) for _, number, title in tests if number] == banners
+
+    def test_each_name_once(self):
+        """No name of the module means one thing above a room and another below it."""
+        targets = [
+            target
+            for node in ast.parse(house_source()).body
+            if isinstance(node, (ast.Assign, ast.AnnAssign))
+            for target in getattr(node, "targets", [getattr(node, "target", None)])
+        ]
+        names = collections.Counter(ast.unparse(target) for target in targets)
+        assert [name for name, count in names.items() if count > 1] == []
 
     @pytest.mark.slow
     def test_docstring(self, tmp_path):
@@ -10029,6 +10041,7 @@ class TestBatchTasks:
                 assert outcome.error is error or type(outcome.error) is LookupError
                 trace = traceback.format_exception(outcome.error)
                 assert sum(line.count("in index") for line in trace) == (not error)
+                assert "in _end_run" not in "".join(trace)  # for it would grow
         delays = [outcome.delay_s for outcome in outcomes]
         assert delays == [7 if call == "later" else None for call in calls.split()]
 
@@ -13415,6 +13428,16 @@ class TestBatchesOfAWorker:
         ledger = worker_broker.work(num_messages=10, concurrency=2)
         assert ledger == taskhawk.Ledger(received=9, acked=9)
 
+    def test_next_batch(self, worker_broker):
+        """While a batch runs, those that are to run next are received."""
+
+        @taskhawk.task(batch=10, name="shop.index")
+        def index(calls: list[taskhawk.Call]) -> None:
+            worker_eventually(lambda: len(worker_broker.made("receive")) > 1)
+
+        worker_broker.put(index, *[()] * 25)
+        assert worker_broker.work(num_messages=10).acked == 25
+
     def test_interrupted(self, worker_broker, together):
         """What ends the worker leaves all of them to the queue."""
         index = taskhawk.Task.find_by_name("shop.index")
@@ -13621,6 +13644,26 @@ class TestCoroutines:
         finally:
             signal.signal(signal.SIGUSR1, before)
         assert ended == [1]
+
+    def test_interrupted_alone(self):
+        """Where others go on on the loop, what was interrupted is cancelled at once."""
+        event_loop, ended = taskhawk._EventLoop(), []
+
+        async def wait() -> None:
+            try:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                await asyncio.sleep(WORKER_PATIENCE_S)
+            finally:
+                ended.append(1)
+
+        before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit("told to"))
+        try:
+            with event_loop.in_this_thread():
+                with pytest.raises(SystemExit, match=r"^told to$"):
+                    event_loop.run(wait())
+                worker_eventually(lambda: ended)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
 
     def test_no_loop(self, worker_broker, act, caplog, monkeypatch):
         """A loop that can't be made fails the run, and the next one has it."""
@@ -16857,6 +16900,21 @@ class TestLimits:
             assert fourth - first >= 60
         assert starts[-1] - starts[0] <= 3 * 60 + 4 * 160
 
+    @pytest.mark.parametrize(
+        ("looks", "wait_s"), [(0, 10), (1, 20), (3, 80), (4, 160), (99, 160)]
+    )
+    def test_waits(self, isolated, looks, wait_s):
+        """Who waits looks less and less often; on a FIFO queue, as receives go by."""
+        count = {"DataType": "String", "StringValue": str(looks)}
+        postponed = QueueMessage("", "1", queue="Q")
+        postponed.message_attributes = {"taskhawk.postponed": count}
+        received = QueueMessage("", "1", queue="Q.fifo")
+        received.attributes = {"ApproximateReceiveCount": str(looks + 1)}
+        for message in (postponed, received):
+            waits_s = [taskhawk._wait_s(message) for _ in range(100)]
+            assert wait_s / 2 <= min(waits_s) <= max(waits_s) <= wait_s
+            assert max(waits_s) > wait_s * 0.75
+
     def test_lock(self, state):
         """While one runs, the others of its customer wait, and only they."""
         runs: list[Any] = []
@@ -17154,6 +17212,32 @@ class TestPauses:
         assert caplog.messages[-1] == (
             "Q: receives nothing: it can't be told how many workers it has"
         )
+
+    def test_busy_worker(self, stored):
+        """A worker that runs something for long keeps its place, and no other's."""
+        broker, clock = stored
+        one, two = (
+            taskhawk.Worker(broker, ["Q", "R"], max_workers=1, clock=clock)
+            for _ in range(2)
+        )
+        assert taskhawk._may_receive(one, "Q")
+        assert taskhawk._may_receive(two, "R")
+        assert not taskhawk._may_receive(one, "R")
+
+        class Stop(threading.Event):
+            left = 120  # waits of 5 s, which are ten minutes
+
+            def wait(self, timeout: float | None = None) -> bool:
+                clock.now += timeout or 0
+                self.left -= 1
+                return self.left < 0
+
+        keep = taskhawk._begin_keeping(one, Stop())
+        assert keep is not None
+        keep()
+        assert not taskhawk._may_receive(two, "Q")
+        assert taskhawk._may_receive(one, "R")  # nobody has kept that of the other
+        assert taskhawk._begin_keeping(taskhawk.Worker(broker, ["Q"]), NEVER) is None
 
     def test_no_table(self, aws):
         """Without a table, a worker looks nowhere; a pause says what is missing."""
@@ -17602,6 +17686,42 @@ class TestCancel:
         received.change_visibility(VisibilityTimeout=60)
         assert taskhawk.cancel(message_id) is False
 
+    @pytest.mark.parametrize(
+        ("due_in_s", "code", "is_cancelled"),
+        [
+            (3600, None, True),
+            (3600, "ResourceNotFoundException", False),
+            (2, "never called", False),
+            (-3600, "never called", False),
+        ],
+    )
+    def test_due(self, stubbed, due_in_s, code, is_cancelled):
+        """A schedule that is due may have been sent: it is left alone, for it may not yet."""
+        due = datetime.now(UTC) + timedelta(seconds=due_in_s)
+        at = f"at({due:%Y-%m-%dT%H:%M:%S})"
+        stubbed.add_response("get_schedule", {"ScheduleExpression": at})
+        if code is None:
+            stubbed.add_response("delete_schedule", {})
+        elif code != "never called":
+            stubbed.add_client_error("delete_schedule", code)
+        assert taskhawk.cancel("some-id") is is_cancelled
+        stubbed.assert_no_pending_responses()
+
+    def test_postponed(self, stored):
+        """What was postponed may stand for others that were ignored: it is to run."""
+        broker, clock = stored
+        busy = {"limit": taskhawk.limit(1), "time_limit": 60, "unique": True}
+        job = taskhawk.task(name="mail.send", **busy)(nothing)
+        job.isolate = False
+        taskhawk._find_claims().claim(taskhawk._key(job, "limit", {}), 30)
+        ids = [job.dispatch() for _ in range(2)]
+        clock.now += 1
+        ledger = work_once(broker)
+        assert (ledger.postponed, ledger.acked) == (1, 1)
+        assert [taskhawk.cancel(each) for each in ids] == [False, False]
+        clock.now += 60
+        assert work_once(broker).acked == 1
+
     def test_command(self, tmp_path, mail, capsys):
         """The commands dispatch with a delay of days, and cancel by the id that was printed."""
         taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
@@ -17616,8 +17736,8 @@ class TestCancel:
 
     def test_fault(self, stubbed):
         """A fault is raised: nobody knows then whether it was waiting."""
-        stubbed.add_client_error("delete_schedule", "AccessDeniedException", "no")
-        denied = DENIED.format("DeleteSchedule")
+        stubbed.add_client_error("get_schedule", "AccessDeniedException", "no")
+        denied = DENIED.format("GetSchedule")
         assert refused(taskhawk.cancel, "some-id") == (
             f"taskhawk-app: {denied} (AccessDeniedException: no)"
         )
@@ -20547,7 +20667,11 @@ class TestProvisionSchedules:
         group = f"arn:aws:scheduler:{region}:schedule/taskhawk-{queue_name.lower()}/*"
         assert schedules == {
             "Effect": "Allow",
-            "Action": ["scheduler:CreateSchedule", "scheduler:DeleteSchedule"],
+            "Action": [
+                "scheduler:CreateSchedule",
+                "scheduler:GetSchedule",
+                "scheduler:DeleteSchedule",
+            ],
             "Resource": [group],
         }
         assert hand_over == {
@@ -20558,7 +20682,20 @@ class TestProvisionSchedules:
                 "StringEquals": {"iam:PassedToService": "scheduler.amazonaws.com"}
             },
         }
-        assert roles["operator"]["Statement"][-1]["Resource"] == [group]
+        by_hand, group_itself, lists = roles["operator"]["Statement"][2:]
+        assert by_hand["Resource"] == [group]
+        assert by_hand["Action"] == [
+            "scheduler:GetSchedule",
+            "scheduler:DeleteSchedule",
+        ]
+        # Each on what AWS's service authorization reference names for it.
+        name = f"schedule-group/taskhawk-{queue_name.lower()}"
+        assert group_itself["Resource"] == [f"arn:aws:scheduler:{region}:{name}"]
+        assert group_itself["Action"] == ["scheduler:GetScheduleGroup"]
+        assert (lists["Action"], lists["Resource"]) == (
+            ["scheduler:ListSchedules"],
+            ["*"],
+        )
 
     def test_topics(self, scheduled, queue_name, capsys):
         """In a Lambda app, schedules publish to the topics."""
@@ -20663,6 +20800,18 @@ class TestProvisionTable:
                 "Action": ["dynamodb:UpdateItem"],
                 "Resource": [f"arn:aws:dynamodb:us-east-1:000000000000:table/{table}"],
             }
+        # Who pauses a queue writes, too, and so does whoever looks for a pause.
+        assert "dynamodb:UpdateItem" in roles["operator"]["Statement"][-1]["Action"]
+
+    def test_missing(self, aws, capsys):
+        """Check says that tasks need a table where none is named, as workers do."""
+        configure_aws(aws.url, "app")
+        taskhawk.task(name="mail.send", once=True)(nothing)
+        code, lines = check(capsys, "--priority=default")
+        assert code == 1
+        assert (
+            f"error: {NO_TABLE}: workers do not start. Fix: as the error says" in lines
+        )
 
 
 # --- 26. command line -----------------------------------------------------------------
@@ -20934,6 +21083,10 @@ class TestCommandLine:
         assert result.stderr == ""
         shown = re.sub(MESSAGE_ID, "ID", result.stdout)
         shown = re.sub(r"A queue in \S+queue\.db", "A queue in FILE", shown)
+        shown = re.sub(
+            r"again in [5-9]\.?\d* s|again in 10 s", "again in 5-10 s", shown
+        )
+        shown = re.sub(r"due \S+T09:00:00\+00:00", "due at 9", shown)
         for line in (
             "A queue in FILE: the real broker, and a real worker.",
             "dispatched     demo.greet    ID",
@@ -20950,6 +21103,12 @@ class TestCommandLine:
             "ran            demo.divide   attempt 1",
             "  5 received, 2 acked, 2 retried, 1 dead-lettered, 0 postponed, 0 released, 0 uncertain",
             "  1 received, 1 acked, 0 retried, 0 dead-lettered, 0 postponed, 0 released, 0 uncertain",
+            "                             Ann is in step again",
+            "ran            demo.sync     attempt 1",
+            "postponed      demo.sync     attempt 1: its limit is reached; again in 5-10 s",
+            "cancelled      demo.sync     ID",
+            "scheduled      demo.report   cron(0 9 ? * MON-FRI *): due at 9",
+            "  2 received, 1 acked, 0 retried, 0 dead-lettered, 1 postponed, 0 released, 0 uncertain",
         ):
             assert line in shown.splitlines()
         assert [path.name for path in commands.folder.iterdir()] == ["job.py"]
