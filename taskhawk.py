@@ -28,7 +28,7 @@ Promises
     4. A malformed message never stops a worker and is never silently dropped.
     5. Our log texts never hold bodies, arguments, header values or credentials, nor a
        line break of a message's. A task's own exceptions are logged as they are.
-    6. Idle, a queue costs one 20 s poll after another. With ``num_messages=10``, a task
+    6. An idle queue costs one 20 s poll after another. With ``num_messages=10``, a task
        costs at most 0.12 receives and 0.12 deletes, and on a FIFO queue one of each;
        leases are extra for tasks of over a third of the visibility timeout. A dispatch
        in a batch costs 0.1 requests.
@@ -75,14 +75,14 @@ What to read for each promise, and how many statements that is
         _Holdings.finish, _Holdings.release, _Holdings._decide, _Calls.answered,
         _Calls._deleted, _Calls._delayed, _Calls._try_later, _Holdings.doubt,
         _Holdings.close, _Holdings.end, _Scheduler.send, _Ticker._move_on
-    2 (336): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+    2 (337): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
         SqsBroker.receive, _find_lease, _Poller._receive, _Intake.take, _Intake.close,
         _Course.take, _Course._release_if_stuck, _Backlog, _Call, _Leases,
         _Holdings.take, _Holdings.start, _Holdings.start_more, _Holdings.release,
         _Holdings.release_waiting, _Holdings._decide, _Holdings.expire, _Holdings.lose,
         _Calls.next, _Calls.answered, _Calls._extended, _Calls._deleted, _Keeper._look,
         _Keeper._make, _Slot._run, _Slot._process, Worker._give_up, _Child.kill
-    3 (110): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
+    3 (112): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
     4 (106): process, _begin_run, _RunOfMany.begin, _decode, _parse, _failed,
@@ -92,7 +92,7 @@ What to read for each promise, and how many statements that is
         _mismatch, _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code,
         _error_details, _explained, _explanation, _find_remedy, _Source.read,
         _call_safely, _log_again
-    6 (329): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
+    6 (328): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
         _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
@@ -102,7 +102,7 @@ What to read for each promise, and how many statements that is
         _forget_signals, _path_of_children, _Child._start_process,
         _ChildProcess.__init__, _serve_worker, _leave_signals_to_worker, _ignore_signal,
         _die_with_parent
-    8 (241): _in_group, _send_all, _in_order, _OrderedSend, SqliteBroker.send,
+    8 (240): _in_group, _send_all, _in_order, _OrderedSend, SqliteBroker.send,
         SqliteBroker._claim, SqliteBroker.delete, SqsBroker.receive,
         SqsBroker._receive_in_order, _Polls, _Holdings._decide, _dead_letter,
         _run_records, _is_behind
@@ -282,7 +282,7 @@ _log = _Log(logging.getLogger(__name__), {})
 
 
 class TaskhawkError(Exception):
-    """The base class of all errors of taskhawk."""
+    """The base class of all taskhawk errors."""
 
 
 class ConfigurationError(TaskhawkError):
@@ -301,10 +301,10 @@ class ValidationError(TaskhawkError):
 
 
 class MessageTooLarge(ValidationError):
-    """A message, attributes included, is larger than the service takes: it is not sent.
+    """A message and its attributes are larger than the service accepts; it is not sent.
 
-    :ivar limit: the most bytes that the service takes: 1 MiB on SQS and SQLite, 256 KiB
-        on SNS, or less if the queue is set to less
+    :ivar limit: the most bytes that the service accepts: 1 MiB on SQS and SQLite, 256
+        KiB on SNS, or less if the queue is set to less
     """
 
     def __init__(self, text: str, limit: int) -> None:
@@ -315,8 +315,8 @@ class MessageTooLarge(ValidationError):
 class TaskNotFound(ValidationError):
     """No task of that name is registered, perhaps because its module is not imported.
 
-    A worker leaves such a message to the queue's redrive policy, for the message may be
-    newer than the worker.
+    A worker leaves such a message to the queue's redrive policy, because the message
+    may be newer than the worker.
     """
 
 
@@ -364,14 +364,14 @@ class QueueFull(TaskhawkError):
 
 
 class TimeLimitExceeded(TaskhawkError):
-    """A task ran longer than its time limit and was killed: a failed run like any."""
+    """A task ran longer than its time limit and was killed: the run has failed."""
 
 
 class ChildCrashed(TaskhawkError):
-    """The process that ran an isolated task ended by itself: a failed run like any.
+    """The process that ran an isolated task ended by itself: the run has failed.
 
-    The task called ``os._exit()`` or crashed in C code, say, or the system was out of
-    memory and killed the process.
+    For example, the task called ``os._exit()`` or crashed in C code, or the system ran
+    out of memory and killed the process.
     """
 
 
@@ -380,7 +380,7 @@ class RetryException(TaskhawkError):
 
     Such a run counts as an attempt: the receive count grows. A task that gives a delay
     overrides its retry policy, so only the queue's redrive policy ends the attempts. A
-    task that gives a policy has it in place of its own for this failure.
+    policy given here replaces the task's own for this failure.
 
     SQS hides a message for at most 12 hours after its receive. A longer delay is cut to
     that, and the log says so: raise it again then, or dispatch a new message.
@@ -426,14 +426,14 @@ class RetryException(TaskhawkError):
 
 
 class PostponeException(RetryException):
-    """Raised by a task: it is not my time yet, and this was no attempt.
+    """Raised by a task: run me later, and do not count this as an attempt.
 
-    A copy of the message is sent with the delay, and then the message is deleted. So
-    one that waits is not given up, however often it is postponed. It is logged at debug
-    level. A delay over SQS's 15 minutes is cut to that.
+    A copy of the message is sent with the delay, and then the message is deleted. So a
+    message is never given up because it waits, however often it is postponed. It is
+    logged at debug level. A delay over SQS's 15 minutes is cut to that.
 
     Where no copy can be sent, the run counts as one that raised
-    :class:`RetryException`: on a FIFO queue, whose order a copy would break, and in
+    :class:`RetryException`: on a FIFO queue, where a copy would break the order, and in
     Lambda behind SNS, or behind SQS if the function may not send.
 
     :param args: the text; a number in the first place is the delay
@@ -461,11 +461,11 @@ class LoggingException(TaskhawkError):
 
 
 class IgnoreException(TaskhawkError):
-    """Raised by a task: there is nothing to do, and the message is done with."""
+    """Raised by a task: there is nothing to do; acknowledge the message."""
 
 
 class StopRetry(TaskhawkError):
-    """Raised by a retry policy or a task: give up, dead-letter the message at once."""
+    """Raised by a retry policy or a task: give up; dead-letter the message at once."""
 
 
 def _is_number(value: object) -> typing.TypeGuard[float]:
@@ -953,7 +953,7 @@ def _import(name: str, what: str) -> Any:
 
 
 def configure(obj_or_mapping: object = None, /, **values: Any) -> None:
-    """Set settings in code, ahead of all other sources, in place of an earlier call's.
+    """Set settings in code: they win over all other sources and replace earlier ones.
 
     Call it before tasks are dispatched or run, for it closes open connections. What is
     not set here is looked up in the module named by SETTINGS_MODULE, in Django's
@@ -1114,7 +1114,7 @@ def _share_django_caches() -> None:
 
 
 class Priority(enum.Enum):
-    """The queue of a message: each priority has a queue, and so workers, of its own.
+    """The queue of a message: each priority is a queue, and can have its own workers.
 
     A worker of several queues runs the most urgent message first: high before default,
     low and bulk.
@@ -1551,7 +1551,7 @@ class RetryPolicy:
     part of a delay, from half to all of it, to spread out what failed together:
     https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/
 
-    :raises ConfigurationError: if a number is negative, or is not a number
+    :raises ConfigurationError: if a value is negative, or is not a number
     """
 
     base_s: float
@@ -3571,9 +3571,9 @@ __all__ += [
 
 
 class Metadata(dict[str, Any]):
-    """What a task may know of its run: id, priority, receipt, timestamp, version.
+    """What a task may know about its run: id, priority, receipt, timestamp, version.
 
-    It is a dict, as in taskhawk 1.4, whose keys are attributes too. These are
+    It is a dict, as in taskhawk 1.4, and its keys are attributes too. These are
     attributes only: `task`, the task's name; `headers`; `queue`, the name of the queue,
     or None; `attempt`, which counts receives from 1; and `lease_lost`, which says that
     the worker could not keep the message hidden, so that another worker may run it now.
@@ -3618,7 +3618,7 @@ class Metadata(dict[str, Any]):
 
 @dataclasses.dataclass(eq=False)
 class Call:
-    """What one message asks of a batch task: ``@task(batch=50)``.
+    """One message's call of a batch task: ``@task(batch=50)``.
 
     :ivar args: the positional arguments of its dispatch
     :ivar kwargs: the keyword arguments
@@ -3659,8 +3659,8 @@ def _without_options(headers: dict[str, Any]) -> dict[str, Any]:
 class Task(Generic[_P, _R]):
     """A function that can be dispatched; calling it runs the function here and now.
 
-    Made by :func:`task`, which describes its options, and registers it: no message
-    can reach a task that was made by hand.
+    Made by :func:`task`, which describes its options and registers it; no message can
+    reach a task that was made by hand.
 
     :param fn: the function; a coroutine function is run on an event loop
     :param priority: the priority of its messages, unless an invocation has another
@@ -3736,7 +3736,7 @@ class Task(Generic[_P, _R]):
         return self._invocation.with_priority(priority)
 
     def with_delay(self, delay: float | timedelta | datetime) -> AsyncInvocation[_P]:
-        """Return an invocation whose messages wait for so long, or until then."""
+        """Return an invocation whose messages wait this long, or until this time."""
         return self._invocation.with_delay(delay)
 
     def with_group(self, key: str | int) -> AsyncInvocation[_P]:
@@ -3937,7 +3937,7 @@ _current = contextvars.ContextVar[Metadata | None]("taskhawk task", default=None
 def current_task() -> Metadata | None:
     """Return the metadata of the task that this code runs in, or None outside of tasks.
 
-    It is known in threads and coroutines that the task started, too, if they run in its
+    Threads and coroutines that the task started know it too, if they run in its
     context: https://docs.python.org/3/library/contextvars.html
     """
     return _current.get()
@@ -4184,14 +4184,14 @@ class _MoreOptions(typing.TypedDict, total=False):
         returns it, which is called as the task is; None is no group
     :ivar once: run a message, or one with these arguments, to its end once
     :ivar keep_s: for how many seconds that is remembered, by default a day
-    :ivar unique: ignore a message if a run with the same arguments, or with these the
-        same, started after it was sent
-    :ivar limit: how many may run at once, or start in a time: see :func:`limit`
+    :ivar unique: ignore a message if a run with the same arguments, or the same values
+        of these, started after it was sent
+    :ivar limit: how many may run at once, or start within a period: see :func:`limit`
     :ivar schedule: queues a run without arguments again and again:
         ``'rate(5 minutes)'``, ``'cron(0 9 ? * MON-FRI *)'`` or a timedelta of minutes
     :ivar timezone: of the schedule, such as ``'Europe/Berlin'``; UTC without it
-    :ivar max_queue_size: from so many messages on, those that run included, a dispatch
-        of the task raises :exc:`QueueFull`; on SQS, their number is approximate
+    :ivar max_queue_size: once the queue has this many messages, running ones included,
+        a dispatch of the task raises :exc:`QueueFull`; SQS's number is approximate
     """
 
     group: str | Callable[..., str | int | None] | None
@@ -4254,9 +4254,9 @@ def task(
     :param never_retry_on: exceptions that send it there at once all the same
     :param time_limit: seconds until a worker kills a run, whatever code it is in; such
         a task is isolated
-    :param isolate: have a worker run it in a process of its own, which may crash
-    :param batch: have the function called once for up to so many messages, at most 100,
-        with the list of their :class:`Call`
+    :param isolate: run it in a process of its own, which may crash
+    :param batch: call the function once for up to this many messages, at most 100, with
+        the list of their :class:`Call`
     :param more: options of later parts, see :class:`_MoreOptions`
     :raises ConfigurationError: if a message can't call the function, if its name is
         taken, or if an option is wrong
@@ -4540,11 +4540,11 @@ class AsyncInvocation(Generic[_P]):
         """Return an invocation whose messages wait for so long, or until then.
 
         SQS holds a message back for up to 15 minutes, SQLite for any time. Beyond that,
-        and on SNS, it is a schedule of EventBridge's, which counts in minutes and
-        rounds up: that needs TASKHAWK_SCHEDULER_ROLE. See :func:`cancel`.
+        and on SNS, a delay becomes an EventBridge schedule, which counts in minutes and
+        rounds up; it needs TASKHAWK_SCHEDULER_ROLE. See :func:`cancel`.
 
-        :param delay: seconds, a timedelta, or a datetime with a time zone, which is now
-            if it is past
+        :param delay: seconds, a timedelta, or a datetime with a time zone; a time in
+            the past means now
         :raises TypeError: if it is none of these
         :raises ValueError: if it is negative or not finite, or has no time zone
         """
@@ -4570,9 +4570,9 @@ class AsyncInvocation(Generic[_P]):
         A FIFO queue keeps the order of a group's messages, and has one of them run at a
         time. Any other serves its groups in turn, as a fair queue.
 
-        :param key: such as the id of a customer; a text that SQS does not take, because
-            it is over 128 characters long or has spaces or non-ASCII letters, stands
-            for itself as a hash
+        :param key: such as the id of a customer; a text that SQS does not accept,
+            because it is over 128 characters long or has spaces or non-ASCII letters,
+            is replaced by its hash
         :raises TypeError: if it is neither a string nor an int
         """
         return dataclasses.replace(self, _group_id=_group_id_of(key, "group"))
@@ -4580,7 +4580,7 @@ class AsyncInvocation(Generic[_P]):
     def with_options(
         self, *, retry: RetryPolicy | None = None, time_limit: float | None = None
     ) -> AsyncInvocation[_P]:
-        """Return an invocation with a retry policy or time limit in its task's place.
+        """Return an invocation with its own retry policy or time limit, not its task's.
 
         They travel in a header, which the task does not see.
 
@@ -4588,7 +4588,7 @@ class AsyncInvocation(Generic[_P]):
             leaves it as it is
         :param time_limit: seconds until a worker kills the run, which it isolates for
             that; None leaves it as it is
-        :raises TypeError: if one is none of these: a function of yours can't be sent
+        :raises TypeError: if it is anything else: a function of yours can't be sent
         """
         options = dict(self._headers.get(_OPTIONS_HEADER, {}))
         if retry is not None:
@@ -4619,7 +4619,7 @@ class AsyncInvocation(Generic[_P]):
         :raises TypeError: if the function can't be called so, or an argument is not
             JSON
         :raises ValidationError: if an argument can't be sent: NaN, too deep, too large
-        :raises QueueFull: if the queue has the task's `max_queue_size` of messages
+        :raises QueueFull: if the queue already has the task's `max_queue_size` messages
         :raises ConfigurationError: if the queue is missing or forbidden, or if it can't
             hold the message back for so long
         :raises Exception: of botocore or sqlite3, if the call fails otherwise; the
@@ -4628,10 +4628,10 @@ class AsyncInvocation(Generic[_P]):
         return publish(self._message(args, kwargs))
 
     async def dispatch_async(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
-        """Queue a run of the task as :meth:`dispatch` does, and let others run.
+        """Queue a run of the task as :meth:`dispatch` does; the event loop goes on.
 
-        Many at once share requests. With TASKHAWK_SYNC the task runs in a thread. If
-        the coroutine is cancelled, the message may have been queued.
+        Concurrent dispatches share requests. With TASKHAWK_SYNC the task runs in a
+        thread. If the coroutine is cancelled, the message may have been queued.
 
         :returns: the message's id
         :raises Exception: as :meth:`dispatch`
@@ -4899,16 +4899,16 @@ _current_batch = contextvars.ContextVar[_Batch | None]("taskhawk batch", default
 def batch() -> Iterator[None]:
     """Collect dispatches, and send them ten to a request when the block ends.
 
-    For a loop that dispatches, and for a function that dispatches in many places::
+    For a loop that dispatches, or a function that dispatches in many places::
 
         with taskhawk.batch():
             for user in users:
                 send_email.dispatch(user.email, 'Hello!')
 
-    If the block raises, nothing of it is sent. A block inside another adds what it has
-    collected to the other. A dispatch from a thread is sent directly, unless the thread
-    runs in this context; so is a dispatch from a forked process, and from a task or
-    thread that outlives the block.
+    If the block raises, none of its messages is sent. A nested block adds what it has
+    collected to the outer one. A dispatch from a thread is sent directly, unless the
+    thread runs in this context; so is a dispatch from a forked process, and from a task
+    or thread that outlives the block.
 
     :raises PartialFailure: on exit, with exactly the messages that were not accepted
     """
@@ -5637,7 +5637,7 @@ def process(received: QueueMessage) -> Outcome:
 
     :param received: from any source; ``message`` is set once it is known to be valid
     :returns: the message's fate, the error if the run failed, and when to run it again
-    :raises KeyboardInterrupt: of Control-C
+    :raises KeyboardInterrupt: on Ctrl-C
     :raises SystemExit: of a signal handler; that of a task or hook is a failed run
     """
     began = time.monotonic()
@@ -6220,11 +6220,11 @@ _LATEST_S = _MAX_HELD_S - 10  # of a lease: SQS counts from a little before the 
 class Ledger:
     """How many messages a worker received, and what became of them.
 
-    In the end, each message received is in exactly one of the other counts: ``acked``
+    At the end, each message received is in exactly one of the other counts: ``acked``
     was deleted after its run, ``retried`` is visible again now or later,
     ``dead_lettered`` was copied and then deleted, ``postponed`` too, but into the same
-    queue with a delay, ``released`` never ran, and of ``uncertain`` nobody knows
-    whether its delete was applied: it may run again.
+    queue with a delay, ``released`` never ran, and ``uncertain`` means that nobody
+    knows whether its delete was applied, so it may run again.
     """
 
     received: int = 0
@@ -8372,19 +8372,19 @@ def listen_for_messages(
 ) -> Ledger:
     """Run the messages of a queue, in the calling thread, until told to stop.
 
-    SIGTERM and SIGINT stop it where the application has no handlers of its own. It
+    SIGTERM and SIGINT stop it unless the application has handlers of its own. It
     stops after the running task and the poll in flight, which takes up to 20 s on SQS.
 
     :param priority: the queue, or several: the most urgent message runs first
     :param num_messages: with N, which is at most 100, up to N - 1 messages of a queue
-        wait while all slots run; with 1, one is received when it can start
+        wait while all slots are busy; with 1, one is received when it can start
     :param visibility_timeout_s: how long a received message is hidden from others,
         until the worker extends it; None takes the queue's own
-    :param loop_count: end after so many receives from each queue; None goes on for ever
+    :param loop_count: end after this many receives from each queue; None for no end
     :param shutdown_event: set it to stop
     :param until_empty: end once the queues have no message, in flight or delayed
     :param concurrency: how many run at once: 1 in the calling thread, more in threads
-    :param max_tasks: end after so many runs
+    :param max_tasks: end after this many runs
     :param grace_s: how long runs may go on once told to stop; then isolated ones are
         killed
     :param isolate: run all tasks in child processes, one a slot
@@ -8428,15 +8428,15 @@ async def listen_async(
     max_tasks_per_child: int = 100,
     ack_wait_s: float = _ACK_WAIT_S,
 ) -> Ledger:
-    """Run the messages of a queue beside what else an application's event loop does.
+    """Run the messages of a queue beside an application's other work on its event loop.
 
     ``async def`` tasks run on that loop, up to `concurrency` at once, and may use the
-    application's clients. All else is done in threads: receives, hooks, and plain
-    tasks. What coroutines leave running is the application's.
+    application's clients. Everything else runs in threads: receives, hooks, and plain
+    tasks. What coroutines leave running is the application's to end.
 
-    The options are those of :func:`listen_for_messages`. No signal is handled. Where
-    this is cancelled, it stops as by `shutdown_event`, and then raises CancelledError;
-    cancelled again, it waits no longer.
+    The options are those of :func:`listen_for_messages`. No signals are handled. If
+    this is cancelled, it stops as it does for `shutdown_event`, and then raises
+    CancelledError; if it is cancelled again, it waits no longer.
 
     :param shutdown_event: set it to stop: threading's or asyncio's
     :returns: what became of the messages
@@ -9967,15 +9967,15 @@ class Limit(NamedTuple):
 def limit(
     most: int, *, per: tuple[str, ...] = (), every_s: float | None = None
 ) -> Limit:
-    """Return how many runs of a task there may be at once, or in a time.
+    """Limit how many runs of a task there may be at once, or within a period.
 
     ``limit(1, per=('customer',))`` is a lock for each customer, ``limit(10)`` allows
     ten runs at once over all workers, and ``limit(100, every_s=60)`` a hundred starts
     in any minute.
 
     :param most: how many, 1 to 1,000
-    :param per: the names of arguments: each of their values has a limit of its own
-    :param every_s: count starts in so many seconds instead of what runs at once
+    :param per: names of arguments: each combination of their values has its own limit
+    :param every_s: count the starts within this many seconds, not what runs at once
     :raises ConfigurationError: if one of them is wrong
     """
     if type(most) is not int or not 1 <= most <= _MAX_PLACES:
@@ -10259,12 +10259,12 @@ _PAUSED_BY = "0-"  # the token of a pause: anybody may end it
 
 
 def pause(priority: Priority, *, for_s: float | None = None) -> None:
-    """Have all workers receive nothing from a queue, from at most 20 s on.
+    """Stop all workers from receiving from a queue; they notice within 20 s.
 
-    What they have received by then is run. Lambda knows nothing of it.
+    What they have received by then is run. Lambda does not notice.
 
-    :param priority: of the queue
-    :param for_s: after how many seconds it goes on by itself; None for never
+    :param priority: which queue
+    :param for_s: after how many seconds it resumes by itself; None for never
     :raises ConfigurationError: if an argument is wrong, or, on SQS, if
         TASKHAWK_CLAIMS_TABLE is not set
     """
@@ -10277,7 +10277,7 @@ def pause(priority: Priority, *, for_s: float | None = None) -> None:
 
 
 def resume(priority: Priority) -> None:
-    """Have workers receive from a queue again."""
+    """Let workers receive from a queue again."""
     past_s = -2  # DynamoDB has whole seconds
     _find_claims().finish(_pause_key(_queue_of(priority)), _PAUSED_BY, past_s)
 
@@ -10563,14 +10563,14 @@ _schemes["schedule"] = _Scheduler
 
 
 def cancel(message_id: str) -> bool:
-    """Delete a message that waits for the end of its delay.
+    """Delete a message whose delay has not ended yet.
 
-    On SQS and SNS it is its schedule that is deleted: what a queue itself delays, up to
-    15 minutes on SQS, can't be cancelled. Nor can what runs, has run or was postponed:
-    by the option `unique`, it may stand for other messages, which were ignored.
+    On SQS and SNS this deletes its schedule. A message that the queue itself delays, up
+    to 15 minutes on SQS, can't be cancelled. Nor can one that runs, has run or was
+    postponed: with the option `unique`, it may stand for others that were ignored.
 
     :param message_id: what dispatch returned
-    :returns: whether the message was still waiting: now it will never run. If it is
+    :returns: whether the message was still waiting; if so, it will never run. If it is
         due within seconds, that is False.
     :raises ConfigurationError: if schedules may not be read and deleted
     :raises Exception: of botocore or sqlite3, if the call fails otherwise; the message
@@ -11464,7 +11464,7 @@ class DeadLetter:
     """A message in a dead-letter queue, as :func:`dead_letters` yields it.
 
     It may come from anywhere, so neither its body nor its error need be ours. It can be
-    sent back or deleted until the loop that it is of has ended.
+    sent back or deleted until the loop that yielded it has ended.
 
     :ivar received: the message as the queue gave it, with its body and attributes
     :ivar age_s: seconds since it was sent: here, by a worker; or for the first time, if
@@ -11846,9 +11846,9 @@ def dead_letters(
 ) -> Generator[DeadLetter, None, None]:
     """Yield the dead letters of a queue, each once, for as many as there are now.
 
-    Those that the loop has come to are hidden from others, for ten minutes at most.
-    What it neither sent back nor deleted is visible again when it ends, also by
-    ``break`` or an exception.
+    The ones that the loop has reached are hidden from others, for ten minutes at most.
+    Those it neither sent back nor deleted are visible again when it ends, whether by
+    ``break`` or by an exception.
 
     :param priority: says which queue; its redrive policy names its dead-letter queue
     :param task: only those of this task; ``*`` and ``?`` stand for any text
@@ -11876,8 +11876,8 @@ def requeue_dead_letter(
 ) -> int:
     """Send the dead letters of a queue back to it, and delete each that was copied.
 
-    It ends after as many messages as there were at the start, so that what fails again
-    is not sent in circles, or when a receive comes back empty.
+    It ends after as many messages as there were at the start, so that those that fail
+    again don't go round in circles, or when a receive comes back empty.
 
     :param priority: says which queue; its redrive policy names its dead-letter queue
     :param num_messages: how many to receive at once, up to 10
@@ -13664,7 +13664,7 @@ class _MeasuredWorker(Worker):
     ),
     _option(
         "--num-messages",
-        "with N, up to N - 1 messages of a queue wait for a slot (default: 1)",
+        "hold up to N - 1 messages of a queue ready for a free slot (default: 1)",
         type=_whole(1, _MAX_NUM_MESSAGES),
         default=1,
         metavar="N",
@@ -13697,7 +13697,7 @@ class _MeasuredWorker(Worker):
     _flag("--isolate", "run tasks in child processes"),
     _option(
         "--max-workers",
-        "receive only while fewer than N other workers have the queue",
+        "receive from a queue only while fewer than N other workers do",
         type=_whole(1, _MAX_PLACES),
         metavar="N",
     ),
@@ -13819,8 +13819,7 @@ def _exit_overdue(ledger: Ledger) -> None:
     ),
     _option(
         "--group",
-        "its message group: a tenant, or an order of a FIFO queue (default: the"
-        " task's)",
+        "its message group, such as a customer's id (default: the task's)",
         metavar="KEY",
     ),
     _MODULE,
@@ -13876,7 +13875,7 @@ def _task_named(name: str) -> Task[..., Any]:
 
 @_command("cancel", _option("id", "the message's id, which dispatch printed"))
 def _cancel(arguments: Any) -> bool:
-    """Delete a message that waits for the end of its delay.
+    """Delete a message whose delay has not ended yet.
 
     example: python -m taskhawk cancel b1328174-a21c-43d3-b303-964dfcc76efc
     """
@@ -13897,14 +13896,14 @@ _PAUSED_QUEUES = _many("--priority", "queue (default: all)", choices=_PRIORITIES
     _PAUSED_QUEUES,
     _option(
         "--for",
-        "after which time it goes on by itself: 90, 10m, 1h (default: never)",
+        "after which time it resumes by itself: 90, 10m, 1h (default: never)",
         type=_seconds(1),
         dest="for_s",
         metavar="S",
     ),
 )
 def _pause(arguments: Any) -> None:
-    """Have workers receive nothing from a queue.
+    """Stop workers from receiving from a queue.
 
     example: python -m taskhawk pause --priority bulk --for 10m
     """
@@ -13915,7 +13914,7 @@ def _pause(arguments: Any) -> None:
 
 @_command("resume", _PAUSED_QUEUES)
 def _resume(arguments: Any) -> None:
-    """Have workers receive from a queue again.
+    """Let workers receive from a queue again.
 
     example: python -m taskhawk resume --priority bulk
     """
@@ -13937,7 +13936,7 @@ def _tasks(arguments: Any) -> None:
 
 @_command("schedules", _MODULES, _AS_JSON)
 def _schedules(arguments: Any) -> None:
-    """List the periodic tasks, with the time when each is due next.
+    """List the periodic tasks, and when each is due next.
 
     example: python -m taskhawk schedules myapp.tasks
     """
