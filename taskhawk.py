@@ -1204,7 +1204,9 @@ def _validate(value: Any, schema: Mapping[str, Any], path: str = "") -> None:
     """
     if not _fits(value, schema):
         raise _mismatch(path or "message", schema, _shown(value, path))
-    for key, inner in schema.get("properties", {}).items():
+    if "properties" not in schema:
+        return
+    for key, inner in schema["properties"].items():
         inner_path = f"{path}.{key}" if path else key
         if key in value:
             _validate(value[key], inner, inner_path)
@@ -1964,7 +1966,9 @@ class QueueMessage:
 
     def _count(self, name: str) -> int:
         """Return the number in an attribute; 0 if it has none, whoever wrote it."""
-        text = str(self.message_attributes.get(name, {}).get("StringValue"))
+        if name not in self.message_attributes:
+            return 0
+        text = str(self.message_attributes[name].get("StringValue"))
         return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
 
     @property
@@ -4007,7 +4011,11 @@ class _EventLoop:
         """Run a coroutine to its end, in a copy of this thread's context."""
         import asyncio
 
-        loop = self._get()
+        try:
+            loop = self._get()
+        except RuntimeError:  # no more threads can be started: that is no failed run
+            _run_alone(coroutine)
+            return
         running = asyncio.run_coroutine_threadsafe(_caught(coroutine), loop)
         try:
             error = running.result()
@@ -4031,7 +4039,11 @@ class _EventLoop:
                 thread = threading.Thread(
                     target=self._serve, args=(loop, end), daemon=True
                 )
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:
+                    loop.close()
+                    raise
                 self._serving = loop, end, thread
             return self._serving[0]
 
@@ -4058,7 +4070,8 @@ class _EventLoop:
             loop, end, thread = self._serving
             self._serving = None
         end.set()
-        loop.call_soon_threadsafe(loop.stop)
+        with contextlib.suppress(RuntimeError):  # it has just ended: see _serve()
+            loop.call_soon_threadsafe(loop.stop)
         thread.join(_LOOP_END_S)
         if thread.is_alive():
             _log.warning("something that a coroutine began does not end: left to run")
@@ -5090,6 +5103,10 @@ class _Sharing:
         del self.under_way[thread]  # last: an end that is interrupted is called again
         return call.parcels
 
+    def sweep(self) -> None:
+        """Forget the parcels for which nobody waits any more."""
+        self.waiting = [each for each in self.waiting if not each.is_left]
+
     def give_up(self) -> Sequence[_Parcel]:
         """Let nobody wait any more; return who did."""
         parcels, self.waiting = self.waiting, []
@@ -5272,6 +5289,8 @@ class _Lane:
                         self._wake()
                     return parcels
                 pause_s = min(self._sharing.due_at() - now, _HELPER_IDLE_S)
+                if pause_s == _HELPER_IDLE_S:  # what waits is left, or waits for calls
+                    self._sharing.sweep()
                 try:
                     self._idle.add(me)
                     self._changed.wait(pause_s)
@@ -5598,12 +5617,13 @@ class Outcome(NamedTuple):
 
 
 # What surrounds a run, in the order in which it is entered: the task's call, and the
-# post hook, which may be the commit. Later parts add theirs. What one raises when it is
-# entered, such as PostponeException or IgnoreException, is the run's end.
+# post hook, which may be the commit. Later parts add theirs; one returns None for a run
+# that it does not surround. What one raises when it is entered, such as
+# PostponeException or IgnoreException, is the run's end.
 _around_runs: list[
     Callable[
         [Task[Any, Any], QueueMessage],
-        contextlib.AbstractContextManager[object, bool | None],
+        contextlib.AbstractContextManager[object, bool | None] | None,
     ]
 ] = []
 
@@ -5636,11 +5656,11 @@ def process(received: QueueMessage) -> Outcome:
 def _run(received: QueueMessage, began: float) -> None:
     """Run the hooks and the task, and catch nothing but the task's IgnoreException."""
     message = _begin_run(received)
-    around = contextlib.ExitStack()
+    its_task, around = message.task, contextlib.ExitStack()
 
     def call() -> None:
-        _surround(around, received)
-        message.task.call(message, received.receipt_handle)
+        _surround(around, its_task, received)
+        its_task.call(message, received.receipt_handle)
 
     _end_run(received, began, around, call)
 
@@ -5656,11 +5676,14 @@ def _begin_run(received: QueueMessage) -> Message:
     return message
 
 
-def _surround(around: contextlib.ExitStack, received: QueueMessage) -> None:
+def _surround(
+    around: contextlib.ExitStack, its_task: Task[Any, Any], received: QueueMessage
+) -> None:
     """Begin what surrounds a run."""
-    message = typing.cast("Message", received.message)
     for surround in _around_runs:
-        around.enter_context(surround(message.task, received))
+        manager = surround(its_task, received)
+        if manager is not None:
+            around.enter_context(manager)
 
 
 def _end_run(
@@ -6092,7 +6115,7 @@ class _RunOfMany:
         try:
             message = _begin_run(self._received)
             self._has_begun = True
-            _surround(self._around, self._received)
+            _surround(self._around, message.task, self._received)
             self.call = Call.of(message, self._received.receipt_handle)
         except BaseException as error:
             self._error = error
@@ -6217,9 +6240,9 @@ class Ledger:
         """Whether every message that was received ended in exactly one way."""
         return bool(2 * self.received == sum(dataclasses.astuple(self)))
 
-    def count(self, end: str) -> None:
-        """Count one message more that ended so."""
-        setattr(self, end, getattr(self, end) + 1)
+    def count(self, end: str, number: int = 1) -> None:
+        """Count messages more that ended so."""
+        setattr(self, end, getattr(self, end) + number)
 
     def __str__(self) -> str:
         """Return it as the command prints it."""
@@ -6234,10 +6257,10 @@ class _Tally:
         self.ledger = Ledger()
         self.ledgers = {queue: Ledger() for queue in queues}
 
-    def count(self, queue: str, end: str) -> None:
-        """Count one message more of a queue that was received, or ended so."""
-        self.ledger.count(end)
-        self.ledgers[queue].count(end)
+    def count(self, queue: str, end: str, number: int = 1) -> None:
+        """Count messages more of a queue that were received, or ended so."""
+        self.ledger.count(end, number)
+        self.ledgers[queue].count(end, number)
 
 
 @dataclasses.dataclass(eq=False)
@@ -6261,7 +6284,7 @@ class _Held:
     decided_at: float = math.inf  # when that was known
     due_at: float = math.inf  # when the call that ends it is to be made at the latest
     tries: int = 0  # how often that call has failed
-    is_along: bool = False  # it runs together with one that was started before it
+    is_run: bool = False  # it is counted as a run: others may run together with it
     in_call: bool = False  # a call with it is under way, so that no other is made
 
     @property
@@ -6420,7 +6443,7 @@ class _Holdings:
         self.held: dict[_Held, None] = {}  # an ordered set, as are the following
         self.backlog = _Backlog(queues)  # received and not started
         self.decided: dict[_Held, None] = {}  # it is known what they become
-        self._along = 0  # messages that run together with another, that one left out
+        self.running = 0  # runs under way; messages that run together are one
         self.leases = _Leases()
         self.calls = _Calls(self, queues)
 
@@ -6428,11 +6451,6 @@ class _Holdings:
     def waiting(self) -> int:
         """How many messages wait to be started."""
         return sum(self.backlog.counts())
-
-    @property
-    def running(self) -> int:
-        """How many runs are under way; messages that run together are one."""
-        return len(self.held) - self.waiting - len(self.decided) - self._along
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
@@ -6442,12 +6460,12 @@ class _Holdings:
 
     def take(
         self,
-        messages: Iterable[QueueMessage],
+        messages: Sequence[QueueMessage],
         lease_s: float,
         asked_at: float,
         now: float,
     ) -> None:
-        """Hold received messages from now on.
+        """Hold the messages of a receive from now on.
 
         The service hid them at some time between the call and its answer. Where that
         took most of the lease, none is started before an extension shows that its lease
@@ -6472,7 +6490,8 @@ class _Holdings:
             self.held[held] = None
             self.backlog.add(held)
             self.leases.renew(held, asked_at + lease_s / 3)
-            self.tally.count(held.queue, "received")
+        if messages:
+            self.tally.count(messages[0].queue or "", "received", len(messages))
 
     def start(self, now: float) -> _Held | None:
         """Start the most urgent message whose lease holds; return it, or None."""
@@ -6481,6 +6500,8 @@ class _Holdings:
         if held:
             self.backlog.drop(held)
             held.begin(now)
+            held.is_run = True
+            self.running += 1
         return held
 
     def start_more(self, first: _Held, most: int, now: float) -> list[_Held]:
@@ -6489,8 +6510,6 @@ class _Holdings:
         for held in more:
             self.backlog.drop(held)
             held.begin(now)
-            held.is_along = True
-        self._along += len(more)
         return more
 
     def finish(
@@ -6506,6 +6525,7 @@ class _Holdings:
 
     def release(self, held: _Held, now: float) -> None:
         """Note that a message did not run after all: it is to be visible at once."""
+        self.backlog.drop(held)
         self._decide(held, "released", now, 0)
 
     def release_waiting(self, now: float) -> None:
@@ -6516,11 +6536,10 @@ class _Holdings:
 
     def _decide(self, held: _Held, end: str, now: float, delay_s: float | None) -> None:
         """Note what a message is to become, and when the call for it is due."""
-        self.backlog.drop(held)
         self.decided[held] = None
-        if held.is_along:
-            held.is_along = False
-            self._along -= 1
+        if held.is_run:
+            held.is_run = False
+            self.running -= 1
         held.end, held.decided_at, held.due_at = end, now, now
         if held.to_delete:
             if not held.message.is_fifo:  # else others of its group wait for it
@@ -6630,20 +6649,23 @@ class _Ends:
             self._again = [each for each in self._again if each[-1] is not held]
             heapq.heapify(self._again)
 
-    def due_at(self, *, is_last: bool) -> float:
-        """Return when a call is due; infinity if none is.
+    def due_at(self, patience_s: float, *, is_last: bool) -> float:
+        """Return when a call is to be made; infinity if none is.
 
+        :param patience_s: how much later than it is due, if it is not full
         :param is_last: whether no others can come to share it
         """
         due_at = math.inf
         if self._again:
-            due_at = self._again[0][0]
+            due_at = self._again[0][0] + patience_s
         if not self._new:
             return due_at
         first = next(iter(self._new))
-        if self.is_full or is_last:
+        if self.is_full:
             return min(due_at, first.decided_at)
-        return min(due_at, first.due_at)
+        if is_last:
+            return min(due_at, first.decided_at + patience_s)
+        return min(due_at, first.due_at + patience_s)
 
     def take(self, now: float) -> list[_Held]:
         """Return what the next call is to end; all new ones share it."""
@@ -6737,10 +6759,8 @@ class _Calls:
 
     def _due_at(self, ends: _Ends) -> float:
         """Return when the call for these is to be made."""
-        due_at = ends.due_at(is_last=len(self._all.decided) == len(self._all.held))
-        if ends.is_full:
-            return due_at
-        return due_at + self._patience_s()
+        is_last = len(self._all.decided) == len(self._all.held)
+        return ends.due_at(self._patience_s(), is_last=is_last)
 
     def _patience_s(self) -> float:
         """Return how much later than it is due a call is made that is not full.
@@ -7347,11 +7367,11 @@ class _Polled:
         return next(iter(self.polls)).began_at + _QUIET_S
 
     @property
-    def turn(self) -> tuple[bool, float]:
+    def turn(self) -> tuple[bool, float, int]:
         """What is less for the one to be asked first, where not all can be."""
         if self.is_empty:
-            return True, self.asked_at
-        return False, self.rank
+            return True, self.asked_at, self.rank
+        return False, 0, self.rank
 
 
 class _Polls:
@@ -7853,18 +7873,19 @@ class _Slot:
 
     def work(self) -> None:
         """Run messages until there are no more; the body of a thread."""
-        with self._event_loop.in_this_thread():
-            try:
+        try:
+            with self._event_loop.in_this_thread():
                 if self._is_isolated:
                     self._start_child()
                 while batch := self._course.next():
                     self._run(batch)
-            except BaseException as error:
-                self._course.fail(error)  # before the phases go on
-                raise
-            finally:
-                self.child.close()
-                self._course.slot_ended()
+        except BaseException as error:
+            self._course.fail(error)  # before the phases go on
+            raise
+        finally:
+            # Only now: the worker ends after what coroutines left behind has.
+            self.child.close()
+            self._course.slot_ended()
 
     def _start_child(self) -> None:
         """Start the child before the first receive, for what it can't run must wait."""
@@ -10074,15 +10095,13 @@ _before_work.append(_check_claims)
 
 # A run.
 
-_UNCLAIMED = contextlib.nullcontext()
-
 
 def _around_run(
     its_task: Task[Any, Any], received: QueueMessage
-) -> contextlib.AbstractContextManager[object, bool | None]:
+) -> contextlib.AbstractContextManager[object, bool | None] | None:
     """Return what holds the claims of a run; in sync mode, there is nobody else."""
     if not its_task.options or not _needs_claims(its_task) or settings.TASKHAWK_SYNC:
-        return _UNCLAIMED
+        return None
     return _with_claims(its_task, received)
 
 

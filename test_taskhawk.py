@@ -7837,6 +7837,13 @@ class SharingMachine(hypothesis.stateful.RuleBasedStateMachine):
         """Interrupt a dispatch: its message is not sent."""
         data.draw(st.sampled_from(self.waiting)).is_left = True
 
+    @hypothesis.stateful.rule()
+    def sweep(self) -> None:
+        """Forget the messages that are left, and no other."""
+        self.waiting = [parcel for parcel in self.waiting if not parcel.is_left]
+        self.sharing.sweep()
+        assert self.sharing.waiting == self.waiting
+
     @hypothesis.stateful.precondition(lambda self: self.waiting)
     @hypothesis.stateful.rule()
     def give_up(self) -> None:
@@ -8332,6 +8339,29 @@ class TestSharing:
             worker_eventually(lambda: not dispatches.lane._helpers)
             dispatches.ends.clear()
         assert sender.calls == [["0"], ["a"]] * 2
+
+    def test_left(self, patience, monkeypatch):
+        """A message for which nobody waits any more keeps no helper, and holds up none."""
+        monkeypatch.setattr(taskhawk, "_HELPER_IDLE_S", 0.01)
+        go = threading.Event()
+        dispatches = Dispatches(SharedSender(lambda bodies: go.wait() and None))
+        dispatches.start("0")
+
+        async def be_cancelled() -> None:
+            waiting = asyncio.ensure_future(
+                dispatches.lane.send_async(dispatches.ready("a"))
+            )
+            await asyncio.sleep(0)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+
+        asyncio.run(be_cancelled())
+        worker_eventually(lambda: not dispatches.lane._helpers)
+        assert not dispatches.lane._sharing.waiting
+        go.set()
+        assert dispatches.wait() == {"0": "sent"}
+        assert dispatches.sender.calls == [["0"]]
 
     @pytest.mark.parametrize("state", ["lock", "call", "wait"])
     def test_reentered(self, patience, state):
@@ -10447,8 +10477,8 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         assert counts.pop("received") == self.count
         assert sum(counts.values()) + len(self.holdings.held) == self.count
         holdings = self.holdings
-        along = sum(held.is_along for held in holdings.held)
-        assert holdings.running + along == len(self.running)
+        runs = [held for held in self.running if held.is_run]
+        assert holdings.running == len(runs)
         known = holdings.waiting + len(self.running) + len(holdings.decided)
         assert known == len(holdings.held)
 
@@ -11414,7 +11444,7 @@ class PollsMachine(hypothesis.stateful.RuleBasedStateMachine):
         if self.last.get(queue) == 0 or queue in self.over:
             return True
         flights = self.in_flight(queue)
-        return bool(flights) and self.now - flights[0].began_at >= 0.1
+        return bool(flights) and self.now >= flights[0].began_at + 0.1
 
     @hypothesis.stateful.rule(which=st.integers(0, 2))
     def ask(self, which: int) -> None:
@@ -13583,13 +13613,14 @@ class TestCoroutines:
         assert sorted(seen) == [(n, n, True) for n in range(1, 5)]
 
     def test_left_behind(self, worker_broker, act, caplog):
-        """What a run leaves is named for that run alone, and cancelled at the end."""
+        """What a run leaves is named for that run alone; it is cancelled and awaited."""
         ended, begun = [], []
 
         async def linger() -> None:
             try:
                 await asyncio.sleep(WORKER_PATIENCE_S)
             finally:
+                await asyncio.sleep(0.3)  # such as to close a connection
                 ended.append(1)
 
         async def leave() -> None:
@@ -13608,6 +13639,28 @@ class TestCoroutines:
         name = "TestCoroutines.test_left_behind.<locals>.linger"
         assert worker_logs(caplog) == [f"{text}: {name}"]
         assert ended == [1]
+
+    def test_no_threads(self, worker_broker, act, monkeypatch):
+        """Where no thread can be started for the loop, a run has a loop of its own."""
+        start = threading.Thread.start
+        serve = taskhawk._EventLoop._serve
+
+        def refuse_loop(thread: threading.Thread) -> None:
+            if getattr(thread, "_target", None) is serve:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        ran = []
+
+        async def look() -> None:
+            await asyncio.sleep(0)
+            ran.append(1)
+
+        WORKER_ACTS["look"] = look
+        monkeypatch.setattr(threading.Thread, "start", refuse_loop)
+        worker_broker.put(act, ("look",), ("look",))
+        assert worker_broker.work().acked == 2
+        assert ran == [1, 1]
 
     def test_end_is_bounded(self, worker_broker, act, caplog, monkeypatch):
         """The worker ends though a thread that a coroutine began does not."""
