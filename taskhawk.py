@@ -8648,7 +8648,7 @@ def _send_copy(
     try:
         _accepted(broker.send(target, [copy]))
     except MessageTooLarge:  # a queue may be pinned lower than the service's limit
-        plain = received.copy(received.message_attributes)
+        plain = received.copy(_without_counts(received))
         _accepted(broker.send(target, [plain]))
 
 
@@ -8665,8 +8665,20 @@ def _dead_letter_copy(
     text = _error_record(received, error, room)
     if len(text) <= room:
         attributes[_ERROR_ATTRIBUTE] = {"DataType": "String", "StringValue": text}
-    others = received.message_attributes
-    return received.copy(_add_attributes(received, attributes, others, limit))
+    return received.copy(
+        _add_attributes(received, attributes, _without_counts(received), limit)
+    )
+
+
+def _without_counts(received: QueueMessage) -> dict[str, Mapping[str, Any]]:
+    """Return a message's attributes but for what its attempts have been.
+
+    Whoever sends a dead letter back, be it SQS, means it to begin anew.
+    """
+    attributes = dict(received.message_attributes)
+    for name in (_ATTEMPTS_ATTRIBUTE, _POSTPONED_ATTRIBUTE):
+        attributes.pop(name, None)
+    return attributes
 
 
 def _error_record(
@@ -11755,8 +11767,8 @@ class _Scan:
         self._receipts(letters)  # nothing is sent that can't be deleted then
         copies = []
         for letter in letters:
-            attributes = dict(letter.received.message_attributes)
-            names = [_ERROR_ATTRIBUTE, _ATTEMPTS_ATTRIBUTE, _POSTPONED_ATTRIBUTE]
+            attributes = _without_counts(letter.received)
+            names = [_ERROR_ATTRIBUTE]
             if _is_undelivered(letter.received):
                 names += _UNDELIVERED
             for name in names:

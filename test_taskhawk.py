@@ -13857,6 +13857,8 @@ class TestPostponedCopies:
         [letter] = receive_all("TASKHAWK-DEFAULT-DLQ")
         error = json.loads(letter.message_attributes["taskhawk.error"]["StringValue"])
         assert error["attempt"] == 2
+        # Nor have our counts any say once somebody has the queue send it back.
+        assert list(letter.message_attributes) == ["taskhawk.error"]
 
     @pytest.mark.parametrize(
         ("attempt", "headers", "kept", "ours"),
