@@ -307,9 +307,9 @@ class MessageTooLarge(ValidationError):
         KiB on SNS, or less if the queue is set to less
     """
 
-    def __init__(self, text: str, limit: int) -> None:
+    def __init__(self, text: str, max_bytes: int) -> None:
         super().__init__(text)
-        self.limit = limit
+        self.limit = max_bytes
 
 
 class TaskNotFound(ValidationError):
@@ -358,9 +358,9 @@ class QueueFull(TaskhawkError):
     :ivar limit: the task's `max_queue_size`
     """
 
-    def __init__(self, text: str, queue: str, size: int, limit: int) -> None:
+    def __init__(self, text: str, queue: str, size: int, max_size: int) -> None:
         super().__init__(text)
-        self.queue, self.size, self.limit = queue, size, limit
+        self.queue, self.size, self.limit = queue, size, max_size
 
 
 class TimeLimitExceeded(TaskhawkError):
@@ -1090,9 +1090,9 @@ def _refresh_django_connections(*, ran: bool = False) -> None:
 def _count_run() -> bool:
     """Count a run of this thread; return whether its connections are to be replaced."""
     runs: int = getattr(_slot, "runs", 0) + 1
-    limit: int = settings.TASKHAWK_MAX_DB_REUSE_LOOPS
-    _slot.runs = runs % limit
-    return runs >= limit
+    most: int = settings.TASKHAWK_MAX_DB_REUSE_LOOPS
+    _slot.runs = runs % most
+    return runs >= most
 
 
 def _share_django_caches() -> None:
@@ -1897,7 +1897,7 @@ class Broker(Sender, typing.Protocol):
     def receive(
         self,
         queue: str,
-        limit: int,
+        most: int,
         wait_s: float,
         lease_s: float | None,
         stop: threading.Event,
@@ -1974,16 +1974,16 @@ class QueueMessage:
     @property
     def is_last_receive(self) -> bool:
         """Whether its attempts are as many as the queue's redrive policy allows."""
-        limit = self.max_receive_count
-        return limit is not None and self.attempt >= limit
+        most = self.max_receive_count
+        return most is not None and self.attempt >= most
 
     @property
     def would_be_redriven(self) -> bool:
         """Whether the queue dead-letters it at the next receive, and a copy helps."""
-        limit = self.max_receive_count
-        if limit is None or self.is_fifo:
+        most = self.max_receive_count
+        if most is None or self.is_fifo:
             return False
-        return self.receive_count >= limit
+        return self.receive_count >= most
 
     @property
     def queue_url(self) -> str:
@@ -2053,10 +2053,10 @@ def _accepted(refusals: Sequence[Refusal]) -> None:
         raise PartialFailure({"Successful": [], "Failed": failed})
 
 
-def _tries(limit: int) -> Iterator[None]:
+def _tries(most: int) -> Iterator[None]:
     """Yield for each try, at most three: at once for the first, then after pauses."""
     yield
-    for pause_s in _PAUSES_S[: limit - 1]:
+    for pause_s in _PAUSES_S[: most - 1]:
         time.sleep(_jittered(pause_s))
         yield
 
@@ -2601,7 +2601,7 @@ class SqliteBroker(Broker):
     def receive(
         self,
         queue: str,
-        limit: int,
+        most: int,
         wait_s: float,
         lease_s: float | None,
         stop: threading.Event,
@@ -2614,12 +2614,12 @@ class SqliteBroker(Broker):
         deadline, pause_s = time.monotonic() + wait_s, _FIRST_LOOK_S
         lease_s = lease_s or self._lease_s
         while True:
-            claimed = self._claim(queue, min(limit, _MAX_BATCH), lease_s)
+            claimed = self._claim(queue, min(most, _MAX_BATCH), lease_s)
             if claimed or time.monotonic() >= deadline or stop.wait(pause_s):
                 return claimed
             pause_s = min(pause_s * 2, _LAST_LOOK_S)
 
-    def _claim(self, queue: str, limit: int, lease_s: float) -> list[QueueMessage]:
+    def _claim(self, queue: str, most: int, lease_s: float) -> list[QueueMessage]:
         """Take the messages that have been visible longest, if there are any."""
         file, now_ms = self._file, self._in_ms()
         file.open()
@@ -2635,7 +2635,7 @@ class SqliteBroker(Broker):
             receive_count = receive_count + 1, first_ms = coalesce(first_ms, ?)
             WHERE id IN (SELECT id FROM message
             WHERE queue = ? AND visible_ms < 0 ORDER BY visible_ms, id LIMIT ?)"""
-        file.change(claim, (token, until_ms, now_ms, queue, limit))
+        file.change(claim, (token, until_ms, now_ms, queue, most))
         find = """SELECT receipt, receive_count, sent_ms, attributes, body, message_id,
             group_id, first_ms FROM message
             WHERE queue = ? AND visible_ms = ? AND receipt = id || '-' || ?
@@ -2650,12 +2650,12 @@ class SqliteBroker(Broker):
         Those that were received too often go to the dead-letter queue instead. As on
         SQS, it is a receive that moves them, and they keep their ids and attributes.
         """
-        _, dead_letter_queue, limit = self.info(queue)
+        _, dead_letter_queue, most = self.info(queue)
         redrive = """UPDATE message SET queue = ?, receive_count = 0, receipt = NULL,
             visible_ms = ? WHERE queue = ?
             AND visible_ms BETWEEN 0 AND ? AND receive_count >= ?"""
-        values = (dead_letter_queue, _JOIN, queue, now_ms, limit)
-        self._file.change(redrive, values)  # nothing, where the limit is NULL
+        values = (dead_letter_queue, _JOIN, queue, now_ms, most)
+        self._file.change(redrive, values)  # nothing, where the last is NULL
         show = """UPDATE message SET visible_ms = ?
             WHERE queue = ? AND visible_ms BETWEEN 0 AND ?"""
         self._file.change(show, (_JOIN, queue, now_ms))
@@ -2949,10 +2949,10 @@ def _explained(where: str) -> Iterator[None]:
     except ConfigurationError:
         raise
     except Exception as error:
-        limit = re.search(r"shorter than (\d+) bytes", str(error))
-        if limit is not None:
-            text = f"{where} takes messages of at most {limit[1]} bytes"
-            raise MessageTooLarge(text, int(limit[1])) from error
+        known = re.search(r"shorter than (\d+) bytes", str(error))
+        if known is not None:
+            text = f"{where} takes messages of at most {known[1]} bytes"
+            raise MessageTooLarge(text, int(known[1])) from error
         explanation = _explanation(error)
         if explanation is None:
             raise
@@ -3264,7 +3264,7 @@ class SqsBroker(_AwsSender, Broker):
     def receive(
         self,
         queue: str,
-        limit: int,
+        most: int,
         wait_s: float,
         lease_s: float | None,
         stop: threading.Event,
@@ -3276,7 +3276,7 @@ class SqsBroker(_AwsSender, Broker):
         https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/
         """
         parameters: dict[str, Any] = {
-            "MaxNumberOfMessages": min(limit, _MAX_BATCH),
+            "MaxNumberOfMessages": min(most, _MAX_BATCH),
             "WaitTimeSeconds": min(math.ceil(wait_s), _LONG_POLL_S),
             # AWS has discontinued AttributeNames, the older parameter for these.
             "MessageSystemAttributeNames": [
@@ -4115,13 +4115,13 @@ def _run_alone(coroutine: Any) -> None:
 
 async def _caught(coroutine: Any) -> BaseException | None:
     """Await a coroutine, and return its error: SystemExit would stop the loop."""
-    process = os.getpid()
+    process_id = os.getpid()
     try:
         await coroutine
     except BaseException as error:
         return error
     finally:
-        if os.getpid() != process:
+        if os.getpid() != process_id:
             # A process that the coroutine forked came back from it: see _Slot.
             os._exit(0)  # pragma: no cover - the process is gone
     return None
@@ -4842,11 +4842,11 @@ def _attributes_of(headers: Mapping[Any, Any]) -> dict[str, dict[str, str]]:
     return attributes
 
 
-def _too_large(message: Message, entry: Outgoing, limit: int) -> MessageTooLarge:
+def _too_large(message: Message, entry: Outgoing, max_bytes: int) -> MessageTooLarge:
     """Return an error that names the largest argument: that is what to look at."""
     reason = (
         f"{message.task_name[:200]}: the message has {entry.size()} bytes (body and"
-        f" attributes), and the limit is {limit}"
+        f" attributes), and the limit is {max_bytes}"
     )
     sizes = _sizes(message)
     if sizes:
@@ -4854,7 +4854,7 @@ def _too_large(message: Message, entry: Outgoing, limit: int) -> MessageTooLarge
         reason += (
             f": the largest argument is {largest[:200]} with {sizes[largest]} bytes"
         )
-    return MessageTooLarge(reason, limit)
+    return MessageTooLarge(reason, max_bytes)
 
 
 class _Batch:
@@ -5449,7 +5449,7 @@ class _QueueSizes:
         self._sizes: dict[tuple[Broker, str], int] = {}
         self._known_until: dict[tuple[Broker, str], float] = {}
 
-    def count(self, broker: Broker, queue: str, limit: int) -> int:
+    def count(self, broker: Broker, queue: str, most: int) -> int:
         """Count one message more, unless the queue is full; return how many it has."""
         key = broker, queue
         with self._lock:
@@ -5457,7 +5457,7 @@ class _QueueSizes:
                 self._sizes[key] = sum(broker.depth(queue))
                 self._known_until[key] = time.monotonic() + _SIZE_KNOWN_S
             size = self._sizes[key]
-            if size < limit:
+            if size < most:
                 self._sizes[key] = size + 1
             return size
 
@@ -5475,22 +5475,22 @@ def _max_queue_size(message: Message) -> int | None:
 
 def _refuse_if_full(message: Message) -> None:
     """Raise QueueFull if the queue has the `max_queue_size` of the message's task."""
-    limit, sender = _max_queue_size(message), _brokers.sender()
+    most, sender = _max_queue_size(message), _brokers.sender()
     if isinstance(sender, SnsSender):
         raise ConfigurationError(
             f"{message.task_name}: max_queue_size needs a queue, and SNS has none"
         )
-    if limit is None or not hasattr(sender, "depth"):  # in sync mode, say
+    if most is None or not hasattr(sender, "depth"):  # in sync mode, say
         return
     queue = sender.destination(message.priority)
     broker = typing.cast("Broker", sender)
-    size = _queue_sizes.get().count(broker, queue, limit)
-    if size >= limit:
+    size = _queue_sizes.get().count(broker, queue, most)
+    if size >= most:
         text = (
             f"{message.task_name}: {queue} has {size} messages, and max_queue_size is"
-            f" {limit}"
+            f" {most}"
         )
-        raise QueueFull(text, queue, size, limit)
+        raise QueueFull(text, queue, size, most)
 
 
 def _check_max_queue_size(made: Task[Any, Any], value: object) -> None:
@@ -6699,8 +6699,8 @@ class _Calls:
     @property
     def is_overdue(self) -> bool:
         """Whether two full batches are decided and in no call: the keeper is behind."""
-        limit = 2 * _MAX_BATCH
-        return len(self._all.decided) >= limit and self.left >= limit
+        two_calls = 2 * _MAX_BATCH
+        return len(self._all.decided) >= two_calls and self.left >= two_calls
 
     def add(self, held: _Held) -> None:
         """Have a message ended that is decided, once it is in no call."""
@@ -8584,17 +8584,17 @@ def _postpone(broker: Broker, received: QueueMessage, delay_s: float) -> bool:
     return True
 
 
-def _postponed_copy(received: QueueMessage, delay_s: float, limit: int) -> Outgoing:
+def _postponed_copy(received: QueueMessage, delay_s: float, max_bytes: int) -> Outgoing:
     """Return the copy for the same queue; this receive of the message counts not.
 
-    :param limit: of the copy in bytes, attributes included
+    :param max_bytes: of the copy in bytes, attributes included
     """
     ours: dict[str, Mapping[str, Any]] = {}
     if received.attempt > 1:
         ours[_ATTEMPTS_ATTRIBUTE] = _as_attribute(received.attempt - 1)
     others = {_POSTPONED_ATTRIBUTE: _as_attribute(0), **received.message_attributes}
     others[_POSTPONED_ATTRIBUTE] = _as_attribute(received.postponed + 1)
-    copy = received.copy(_add_attributes(received, ours, others, limit))
+    copy = received.copy(_add_attributes(received, ours, others, max_bytes))
     return copy._replace(delay_s=delay_s)
 
 
@@ -8607,7 +8607,7 @@ def _add_attributes(
     received: QueueMessage,
     ours: Mapping[str, Mapping[str, Any]],
     others: Mapping[str, Mapping[str, Any]],
-    limit: int,
+    max_bytes: int,
 ) -> Mapping[str, Mapping[str, Any]]:
     """Return attributes of ours, and of the others those for which there is room.
 
@@ -8616,7 +8616,7 @@ def _add_attributes(
     attributes = dict(ours)
     for name, value in others.items():
         more = {name: value, **attributes}
-        if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
+        if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= max_bytes:
             attributes = more
     return attributes
 
@@ -8653,20 +8653,20 @@ def _send_copy(
 
 
 def _dead_letter_copy(
-    received: QueueMessage, error: BaseException | None, limit: int
+    received: QueueMessage, error: BaseException | None, max_bytes: int
 ) -> Outgoing:
     """Return the copy for the dead-letter queue; ONE attribute says why it is there.
 
-    :param limit: of the copy in bytes, attributes included
+    :param max_bytes: of the copy in bytes, attributes included
     """
     attributes: dict[str, Mapping[str, Any]] = {}
     # The body stays as it is: a hundred bytes are for the attribute's name and type.
-    room = min(_MAX_ERROR_BYTES, limit - len(received.body.encode()) - 100)
+    room = min(_MAX_ERROR_BYTES, max_bytes - len(received.body.encode()) - 100)
     text = _error_record(received, error, room)
     if len(text) <= room:
         attributes[_ERROR_ATTRIBUTE] = {"DataType": "String", "StringValue": text}
     return received.copy(
-        _add_attributes(received, attributes, _without_counts(received), limit)
+        _add_attributes(received, attributes, _without_counts(received), max_bytes)
     )
 
 
