@@ -3818,6 +3818,8 @@ class Task(Generic[_P, _R]):
         token = _current.set(metadata)
         try:
             result: Any = fn(*args, **kwargs)
+            if result is None:
+                return  # most return nothing, and need no look at what it is
             if inspect.isawaitable(result):
                 _run_coroutine(_awaited(result, self.name))
             elif isinstance(result, Generator | AsyncGenerator):
@@ -6751,7 +6753,8 @@ class _Calls:
 
     def next_at(self) -> float:
         """Return when to look for the next call; infinity if none will be due."""
-        return min(self._leases_at(), *map(self._due_at, self._ends.values()))
+        due_at = [self._due_at(ends) for ends in self._ends.values() if ends]
+        return min([self._leases_at(), *due_at])
 
     def _leases_at(self) -> float:
         """Return a time before which no leases are to be extended."""
