@@ -6840,6 +6840,7 @@ class _Calls:
 # and no record is logged while the lock is held.
 
 _TICK_S = 0.2  # how soon a shutdown_event is seen, and the longest sleep of a thread
+_SPARE_S = 5  # from one look of a spare thread to the next, if it is not woken
 _MAX_CALLS = 6  # at once: at 30 ms a call, they end 2,000 messages a second
 
 
@@ -6883,7 +6884,8 @@ class _Keeper:
     :meth:`run` is the body of _MAX_CALLS threads. Each makes what calls are due, one
     after another. One of those that are left then watches: it waits for what will be
     due. While the only one that is awake makes a call, a spare one is woken to watch if
-    anything is decided meanwhile; else the leases wait for it to be back.
+    anything is decided meanwhile. For leases alone, none is woken: each spare thread
+    looks now and then by itself, in case the call hangs.
 
     :param clock: seconds; leases are measured with it
     :param beat: called after each round of lease extensions that worked
@@ -6994,7 +6996,7 @@ class _Keeper:
     def _wait(self) -> None:
         """Wait until something may be due; called with the lock held."""
         if self._is_watched:
-            self._spare.wait()
+            self._spare.wait(_SPARE_S)
             return
         self._is_watched = True
         now = self._clock()

@@ -11345,6 +11345,27 @@ class TestKeeper:
         ledger = worker_broker.work(loop_count=2)
         assert ledger == taskhawk.Ledger(received=2, acked=1, retried=1)
 
+    def test_leases_while_a_call_hangs(self, worker_broker, worker_act, monkeypatch):
+        """While the only call under way hangs, leases are extended by another thread."""
+        monkeypatch.setattr(taskhawk, "_SPARE_S", 0.1)
+        extended = threading.Event()
+
+        def hang(real: Any, *_: Any) -> Any:
+            extended.wait(WORKER_PATIENCE_S / 2)
+            return real()
+
+        def extend(real: Any, *_: Any) -> Any:
+            extended.set()
+            return real()
+
+        WORKER_ACTS["wait"] = lambda: extended.wait(WORKER_PATIENCE_S / 2)
+        worker_broker.faults |= {"delete": hang, "change_visibility": extend}
+        worker_broker.put(worker_act, ("run",), ("wait",))
+        options = {"loop_count": 2, "concurrency": 2, "visibility_timeout_s": 3}
+        ledger = worker_broker.work(**options)
+        assert extended.is_set()
+        assert ledger == taskhawk.Ledger(received=2, acked=2)
+
     def test_defect(self, worker_broker, worker_act):
         """An error that ends one thread of the keeper ends the others and the worker."""
         worker_broker.faults["delete"] = worker_raise(SystemExit("a defect"))
