@@ -28,7 +28,7 @@ Promises
     4. A malformed message never stops a worker and is never silently dropped.
     5. Our log texts never hold bodies, arguments, header values or credentials, nor a
        line break of a message's. A task's own exceptions are logged as they are.
-    6. Idle, a queue costs one 20 s poll after another. With ``num_messages=10``, a task
+    6. An idle queue costs one 20 s poll after another. With ``num_messages=10``, a task
        costs at most 0.12 receives and 0.12 deletes, and on a FIFO queue one of each;
        leases are extra for tasks of over a third of the visibility timeout. A dispatch
        in a batch costs 0.1 requests.
@@ -75,14 +75,14 @@ What to read for each promise, and how many statements that is
         _Holdings.finish, _Holdings.release, _Holdings._decide, _Calls.answered,
         _Calls._deleted, _Calls._delayed, _Calls._try_later, _Holdings.doubt,
         _Holdings.close, _Holdings.end, _Scheduler.send, _Ticker._move_on
-    2 (336): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+    2 (337): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
         SqsBroker.receive, _find_lease, _Poller._receive, _Intake.take, _Intake.close,
         _Course.take, _Course._release_if_stuck, _Backlog, _Call, _Leases,
         _Holdings.take, _Holdings.start, _Holdings.start_more, _Holdings.release,
         _Holdings.release_waiting, _Holdings._decide, _Holdings.expire, _Holdings.lose,
         _Calls.next, _Calls.answered, _Calls._extended, _Calls._deleted, _Keeper._look,
         _Keeper._make, _Slot._run, _Slot._process, Worker._give_up, _Child.kill
-    3 (110): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
+    3 (112): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
     4 (106): process, _begin_run, _RunOfMany.begin, _decode, _parse, _failed,
@@ -92,7 +92,7 @@ What to read for each promise, and how many statements that is
         _mismatch, _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code,
         _error_details, _explained, _explanation, _find_remedy, _Source.read,
         _call_safely, _log_again
-    6 (329): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
+    6 (328): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
         _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
@@ -102,7 +102,7 @@ What to read for each promise, and how many statements that is
         _forget_signals, _path_of_children, _Child._start_process,
         _ChildProcess.__init__, _serve_worker, _leave_signals_to_worker, _ignore_signal,
         _die_with_parent
-    8 (241): _in_group, _send_all, _in_order, _OrderedSend, SqliteBroker.send,
+    8 (240): _in_group, _send_all, _in_order, _OrderedSend, SqliteBroker.send,
         SqliteBroker._claim, SqliteBroker.delete, SqsBroker.receive,
         SqsBroker._receive_in_order, _Polls, _Holdings._decide, _dead_letter,
         _run_records, _is_behind
@@ -282,7 +282,7 @@ _log = _Log(logging.getLogger(__name__), {})
 
 
 class TaskhawkError(Exception):
-    """The base class of all errors of taskhawk."""
+    """The base class of all taskhawk errors."""
 
 
 class ConfigurationError(TaskhawkError):
@@ -301,10 +301,10 @@ class ValidationError(TaskhawkError):
 
 
 class MessageTooLarge(ValidationError):
-    """A message, attributes included, is larger than the service takes: it is not sent.
+    """A message and its attributes are larger than the service accepts; it is not sent.
 
-    :ivar limit: the most bytes that the service takes: 1 MiB on SQS and SQLite, 256 KiB
-        on SNS, or less if the queue is set to less
+    :ivar limit: the most bytes that the service accepts: 1 MiB on SQS and SQLite, 256
+        KiB on SNS, or less if the queue is set to less
     """
 
     def __init__(self, text: str, limit: int) -> None:
@@ -315,8 +315,8 @@ class MessageTooLarge(ValidationError):
 class TaskNotFound(ValidationError):
     """No task of that name is registered, perhaps because its module is not imported.
 
-    A worker leaves such a message to the queue's redrive policy, for the message may be
-    newer than the worker.
+    A worker leaves such a message to the queue's redrive policy, because the message
+    may be newer than the worker.
     """
 
 
@@ -364,14 +364,14 @@ class QueueFull(TaskhawkError):
 
 
 class TimeLimitExceeded(TaskhawkError):
-    """A task ran longer than its time limit and was killed: a failed run like any."""
+    """A task ran longer than its time limit and was killed: the run has failed."""
 
 
 class ChildCrashed(TaskhawkError):
-    """The process that ran an isolated task ended by itself: a failed run like any.
+    """The process that ran an isolated task ended by itself: the run has failed.
 
-    The task called ``os._exit()`` or crashed in C code, say, or the system was out of
-    memory and killed the process.
+    For example, the task called ``os._exit()`` or crashed in C code, or the system ran
+    out of memory and killed the process.
     """
 
 
@@ -380,7 +380,7 @@ class RetryException(TaskhawkError):
 
     Such a run counts as an attempt: the receive count grows. A task that gives a delay
     overrides its retry policy, so only the queue's redrive policy ends the attempts. A
-    task that gives a policy has it in place of its own for this failure.
+    policy given here replaces the task's own for this failure.
 
     SQS hides a message for at most 12 hours after its receive. A longer delay is cut to
     that, and the log says so: raise it again then, or dispatch a new message.
@@ -411,9 +411,9 @@ class RetryException(TaskhawkError):
         if delay_seconds is None and args and _is_number(args[0]):
             delay_seconds = args[0]
             args = args[1:]
-        if delay_seconds is not None and not 0 <= delay_seconds < math.inf:
+        if delay_seconds is not None and not _is_delay(delay_seconds):
             raise ValueError(
-                f"delay_seconds: expected 0 or more seconds, got {delay_seconds}"
+                f"delay_seconds: expected 0 or more seconds, got {delay_seconds!r}"
             )
         if retry is not None and not callable(retry):
             raise ValueError(f"retry: expected a retry policy, got {retry!r}")
@@ -426,14 +426,14 @@ class RetryException(TaskhawkError):
 
 
 class PostponeException(RetryException):
-    """Raised by a task: it is not my time yet, and this was no attempt.
+    """Raised by a task: run me later, and do not count this as an attempt.
 
-    A copy of the message is sent with the delay, and then the message is deleted. So
-    one that waits is not given up, however often it is postponed. It is logged at debug
-    level. A delay over SQS's 15 minutes is cut to that.
+    A copy of the message is sent with the delay, and then the message is deleted. So a
+    message is never given up because it waits, however often it is postponed. It is
+    logged at debug level. A delay over SQS's 15 minutes is cut to that.
 
     Where no copy can be sent, the run counts as one that raised
-    :class:`RetryException`: on a FIFO queue, whose order a copy would break, and in
+    :class:`RetryException`: on a FIFO queue, where a copy would break the order, and in
     Lambda behind SNS, or behind SQS if the function may not send.
 
     :param args: the text; a number in the first place is the delay
@@ -461,16 +461,21 @@ class LoggingException(TaskhawkError):
 
 
 class IgnoreException(TaskhawkError):
-    """Raised by a task: there is nothing to do, and the message is done with."""
+    """Raised by a task: there is nothing to do; acknowledge the message."""
 
 
 class StopRetry(TaskhawkError):
-    """Raised by a retry policy or a task: give up, dead-letter the message at once."""
+    """Raised by a retry policy or a task: give up; dead-letter the message at once."""
 
 
 def _is_number(value: object) -> typing.TypeGuard[float]:
     """Return whether a value is a number. True and False are not, unlike in Python."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_delay(value: object) -> typing.TypeGuard[float]:
+    """Return whether a value is a number of seconds that one can wait."""
+    return _is_number(value) and 0 <= value < math.inf
 
 
 def _text_of(error: object) -> str:
@@ -948,7 +953,7 @@ def _import(name: str, what: str) -> Any:
 
 
 def configure(obj_or_mapping: object = None, /, **values: Any) -> None:
-    """Set settings in code, ahead of all other sources, in place of an earlier call's.
+    """Set settings in code: they win over all other sources and replace earlier ones.
 
     Call it before tasks are dispatched or run, for it closes open connections. What is
     not set here is looked up in the module named by SETTINGS_MODULE, in Django's
@@ -1109,7 +1114,7 @@ def _share_django_caches() -> None:
 
 
 class Priority(enum.Enum):
-    """The queue of a message: each priority has a queue, and so workers, of its own.
+    """The queue of a message: each priority is a queue, and can have its own workers.
 
     A worker of several queues runs the most urgent message first: high before default,
     low and bulk.
@@ -1199,7 +1204,9 @@ def _validate(value: Any, schema: Mapping[str, Any], path: str = "") -> None:
     """
     if not _fits(value, schema):
         raise _mismatch(path or "message", schema, _shown(value, path))
-    for key, inner in schema.get("properties", {}).items():
+    if "properties" not in schema:
+        return
+    for key, inner in schema["properties"].items():
         inner_path = f"{path}.{key}" if path else key
         if key in value:
             _validate(value[key], inner, inner_path)
@@ -1544,7 +1551,7 @@ class RetryPolicy:
     part of a delay, from half to all of it, to spread out what failed together:
     https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/
 
-    :raises ConfigurationError: if a number is negative, or is not a number
+    :raises ConfigurationError: if a value is negative, or is not a number
     """
 
     base_s: float
@@ -1959,7 +1966,9 @@ class QueueMessage:
 
     def _count(self, name: str) -> int:
         """Return the number in an attribute; 0 if it has none, whoever wrote it."""
-        text = str(self.message_attributes.get(name, {}).get("StringValue"))
+        if name not in self.message_attributes:
+            return 0
+        text = str(self.message_attributes[name].get("StringValue"))
         return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
 
     @property
@@ -3562,9 +3571,9 @@ __all__ += [
 
 
 class Metadata(dict[str, Any]):
-    """What a task may know of its run: id, priority, receipt, timestamp, version.
+    """What a task may know about its run: id, priority, receipt, timestamp, version.
 
-    It is a dict, as in taskhawk 1.4, whose keys are attributes too. These are
+    It is a dict, as in taskhawk 1.4, and its keys are attributes too. These are
     attributes only: `task`, the task's name; `headers`; `queue`, the name of the queue,
     or None; `attempt`, which counts receives from 1; and `lease_lost`, which says that
     the worker could not keep the message hidden, so that another worker may run it now.
@@ -3609,7 +3618,7 @@ class Metadata(dict[str, Any]):
 
 @dataclasses.dataclass(eq=False)
 class Call:
-    """What one message asks of a batch task: ``@task(batch=50)``.
+    """One message's call of a batch task: ``@task(batch=50)``.
 
     :ivar args: the positional arguments of its dispatch
     :ivar kwargs: the keyword arguments
@@ -3650,8 +3659,8 @@ def _without_options(headers: dict[str, Any]) -> dict[str, Any]:
 class Task(Generic[_P, _R]):
     """A function that can be dispatched; calling it runs the function here and now.
 
-    Made by :func:`task`, which describes its options, and registers it: no message
-    can reach a task that was made by hand.
+    Made by :func:`task`, which describes its options and registers it; no message can
+    reach a task that was made by hand.
 
     :param fn: the function; a coroutine function is run on an event loop
     :param priority: the priority of its messages, unless an invocation has another
@@ -3727,7 +3736,7 @@ class Task(Generic[_P, _R]):
         return self._invocation.with_priority(priority)
 
     def with_delay(self, delay: float | timedelta | datetime) -> AsyncInvocation[_P]:
-        """Return an invocation whose messages wait for so long, or until then."""
+        """Return an invocation whose messages wait this long, or until this time."""
         return self._invocation.with_delay(delay)
 
     def with_group(self, key: str | int) -> AsyncInvocation[_P]:
@@ -3928,7 +3937,7 @@ _current = contextvars.ContextVar[Metadata | None]("taskhawk task", default=None
 def current_task() -> Metadata | None:
     """Return the metadata of the task that this code runs in, or None outside of tasks.
 
-    It is known in threads and coroutines that the task started, too, if they run in its
+    Threads and coroutines that the task started know it too, if they run in its
     context: https://docs.python.org/3/library/contextvars.html
     """
     return _current.get()
@@ -4175,14 +4184,14 @@ class _MoreOptions(typing.TypedDict, total=False):
         returns it, which is called as the task is; None is no group
     :ivar once: run a message, or one with these arguments, to its end once
     :ivar keep_s: for how many seconds that is remembered, by default a day
-    :ivar unique: ignore a message if a run with the same arguments, or with these the
-        same, started after it was sent
-    :ivar limit: how many may run at once, or start in a time: see :func:`limit`
+    :ivar unique: ignore a message if a run with the same arguments, or the same values
+        of these, started after it was sent
+    :ivar limit: how many may run at once, or start within a period: see :func:`limit`
     :ivar schedule: queues a run without arguments again and again:
         ``'rate(5 minutes)'``, ``'cron(0 9 ? * MON-FRI *)'`` or a timedelta of minutes
     :ivar timezone: of the schedule, such as ``'Europe/Berlin'``; UTC without it
-    :ivar max_queue_size: from so many messages on, those that run included, a dispatch
-        of the task raises :exc:`QueueFull`; on SQS, their number is approximate
+    :ivar max_queue_size: once the queue has this many messages, running ones included,
+        a dispatch of the task raises :exc:`QueueFull`; SQS's number is approximate
     """
 
     group: str | Callable[..., str | int | None] | None
@@ -4245,9 +4254,9 @@ def task(
     :param never_retry_on: exceptions that send it there at once all the same
     :param time_limit: seconds until a worker kills a run, whatever code it is in; such
         a task is isolated
-    :param isolate: have a worker run it in a process of its own, which may crash
-    :param batch: have the function called once for up to so many messages, at most 100,
-        with the list of their :class:`Call`
+    :param isolate: run it in a process of its own, which may crash
+    :param batch: call the function once for up to this many messages, at most 100, with
+        the list of their :class:`Call`
     :param more: options of later parts, see :class:`_MoreOptions`
     :raises ConfigurationError: if a message can't call the function, if its name is
         taken, or if an option is wrong
@@ -4531,11 +4540,11 @@ class AsyncInvocation(Generic[_P]):
         """Return an invocation whose messages wait for so long, or until then.
 
         SQS holds a message back for up to 15 minutes, SQLite for any time. Beyond that,
-        and on SNS, it is a schedule of EventBridge's, which counts in minutes and
-        rounds up: that needs TASKHAWK_SCHEDULER_ROLE. See :func:`cancel`.
+        and on SNS, a delay becomes an EventBridge schedule, which counts in minutes and
+        rounds up; it needs TASKHAWK_SCHEDULER_ROLE. See :func:`cancel`.
 
-        :param delay: seconds, a timedelta, or a datetime with a time zone, which is now
-            if it is past
+        :param delay: seconds, a timedelta, or a datetime with a time zone; a time in
+            the past means now
         :raises TypeError: if it is none of these
         :raises ValueError: if it is negative or not finite, or has no time zone
         """
@@ -4561,9 +4570,9 @@ class AsyncInvocation(Generic[_P]):
         A FIFO queue keeps the order of a group's messages, and has one of them run at a
         time. Any other serves its groups in turn, as a fair queue.
 
-        :param key: such as the id of a customer; a text that SQS does not take, because
-            it is over 128 characters long or has spaces or non-ASCII letters, stands
-            for itself as a hash
+        :param key: such as the id of a customer; a text that SQS does not accept,
+            because it is over 128 characters long or has spaces or non-ASCII letters,
+            is replaced by its hash
         :raises TypeError: if it is neither a string nor an int
         """
         return dataclasses.replace(self, _group_id=_group_id_of(key, "group"))
@@ -4571,7 +4580,7 @@ class AsyncInvocation(Generic[_P]):
     def with_options(
         self, *, retry: RetryPolicy | None = None, time_limit: float | None = None
     ) -> AsyncInvocation[_P]:
-        """Return an invocation with a retry policy or time limit in its task's place.
+        """Return an invocation with its own retry policy or time limit, not its task's.
 
         They travel in a header, which the task does not see.
 
@@ -4579,7 +4588,7 @@ class AsyncInvocation(Generic[_P]):
             leaves it as it is
         :param time_limit: seconds until a worker kills the run, which it isolates for
             that; None leaves it as it is
-        :raises TypeError: if one is none of these: a function of yours can't be sent
+        :raises TypeError: if it is anything else: a function of yours can't be sent
         """
         options = dict(self._headers.get(_OPTIONS_HEADER, {}))
         if retry is not None:
@@ -4610,7 +4619,7 @@ class AsyncInvocation(Generic[_P]):
         :raises TypeError: if the function can't be called so, or an argument is not
             JSON
         :raises ValidationError: if an argument can't be sent: NaN, too deep, too large
-        :raises QueueFull: if the queue has the task's `max_queue_size` of messages
+        :raises QueueFull: if the queue already has the task's `max_queue_size` messages
         :raises ConfigurationError: if the queue is missing or forbidden, or if it can't
             hold the message back for so long
         :raises Exception: of botocore or sqlite3, if the call fails otherwise; the
@@ -4619,10 +4628,10 @@ class AsyncInvocation(Generic[_P]):
         return publish(self._message(args, kwargs))
 
     async def dispatch_async(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
-        """Queue a run of the task as :meth:`dispatch` does, and let others run.
+        """Queue a run of the task as :meth:`dispatch` does; the event loop goes on.
 
-        Many at once share requests. With TASKHAWK_SYNC the task runs in a thread. If
-        the coroutine is cancelled, the message may have been queued.
+        Concurrent dispatches share requests. With TASKHAWK_SYNC the task runs in a
+        thread. If the coroutine is cancelled, the message may have been queued.
 
         :returns: the message's id
         :raises Exception: as :meth:`dispatch`
@@ -4890,16 +4899,16 @@ _current_batch = contextvars.ContextVar[_Batch | None]("taskhawk batch", default
 def batch() -> Iterator[None]:
     """Collect dispatches, and send them ten to a request when the block ends.
 
-    For a loop that dispatches, and for a function that dispatches in many places::
+    For a loop that dispatches, or a function that dispatches in many places::
 
         with taskhawk.batch():
             for user in users:
                 send_email.dispatch(user.email, 'Hello!')
 
-    If the block raises, nothing of it is sent. A block inside another adds what it has
-    collected to the other. A dispatch from a thread is sent directly, unless the thread
-    runs in this context; so is a dispatch from a forked process, and from a task or
-    thread that outlives the block.
+    If the block raises, none of its messages is sent. A nested block adds what it has
+    collected to the outer one. A dispatch from a thread is sent directly, unless the
+    thread runs in this context; so is a dispatch from a forked process, and from a task
+    or thread that outlives the block.
 
     :raises PartialFailure: on exit, with exactly the messages that were not accepted
     """
@@ -5608,12 +5617,13 @@ class Outcome(NamedTuple):
 
 
 # What surrounds a run, in the order in which it is entered: the task's call, and the
-# post hook, which may be the commit. Later parts add theirs. What one raises when it is
-# entered, such as PostponeException or IgnoreException, is the run's end.
+# post hook, which may be the commit. Later parts add theirs; one returns None for a run
+# that it does not surround. What one raises when it is entered, such as
+# PostponeException or IgnoreException, is the run's end.
 _around_runs: list[
     Callable[
         [Task[Any, Any], QueueMessage],
-        contextlib.AbstractContextManager[object, bool | None],
+        contextlib.AbstractContextManager[object, bool | None] | None,
     ]
 ] = []
 
@@ -5627,7 +5637,7 @@ def process(received: QueueMessage) -> Outcome:
 
     :param received: from any source; ``message`` is set once it is known to be valid
     :returns: the message's fate, the error if the run failed, and when to run it again
-    :raises KeyboardInterrupt: of Control-C
+    :raises KeyboardInterrupt: on Ctrl-C
     :raises SystemExit: of a signal handler; that of a task or hook is a failed run
     """
     began = time.monotonic()
@@ -5646,11 +5656,11 @@ def process(received: QueueMessage) -> Outcome:
 def _run(received: QueueMessage, began: float) -> None:
     """Run the hooks and the task, and catch nothing but the task's IgnoreException."""
     message = _begin_run(received)
-    around = contextlib.ExitStack()
+    its_task, around = message.task, contextlib.ExitStack()
 
     def call() -> None:
-        _surround(around, received)
-        message.task.call(message, received.receipt_handle)
+        _surround(around, its_task, received)
+        its_task.call(message, received.receipt_handle)
 
     _end_run(received, began, around, call)
 
@@ -5666,11 +5676,14 @@ def _begin_run(received: QueueMessage) -> Message:
     return message
 
 
-def _surround(around: contextlib.ExitStack, received: QueueMessage) -> None:
+def _surround(
+    around: contextlib.ExitStack, its_task: Task[Any, Any], received: QueueMessage
+) -> None:
     """Begin what surrounds a run."""
-    message = typing.cast("Message", received.message)
     for surround in _around_runs:
-        around.enter_context(surround(message.task, received))
+        manager = surround(its_task, received)
+        if manager is not None:
+            around.enter_context(manager)
 
 
 def _end_run(
@@ -5913,11 +5926,6 @@ def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
     return isinstance(error, task.retry_on)
 
 
-def _is_delay(value: object) -> typing.TypeGuard[float]:
-    """Return whether a value is a number of seconds that one can wait."""
-    return _is_number(value) and 0 <= value < math.inf
-
-
 def _sentence(received: QueueMessage, end: str, outcome: Outcome) -> str:
     """Say which attempt ended how, and what becomes of the message."""
     then = _what_follows(received, outcome)
@@ -6107,7 +6115,7 @@ class _RunOfMany:
         try:
             message = _begin_run(self._received)
             self._has_begun = True
-            _surround(self._around, self._received)
+            _surround(self._around, message.task, self._received)
             self.call = Call.of(message, self._received.receipt_handle)
         except BaseException as error:
             self._error = error
@@ -6212,11 +6220,11 @@ _LATEST_S = _MAX_HELD_S - 10  # of a lease: SQS counts from a little before the 
 class Ledger:
     """How many messages a worker received, and what became of them.
 
-    In the end, each message received is in exactly one of the other counts: ``acked``
+    At the end, each message received is in exactly one of the other counts: ``acked``
     was deleted after its run, ``retried`` is visible again now or later,
     ``dead_lettered`` was copied and then deleted, ``postponed`` too, but into the same
-    queue with a delay, ``released`` never ran, and of ``uncertain`` nobody knows
-    whether its delete was applied: it may run again.
+    queue with a delay, ``released`` never ran, and ``uncertain`` means that nobody
+    knows whether its delete was applied, so it may run again.
     """
 
     received: int = 0
@@ -6232,9 +6240,9 @@ class Ledger:
         """Whether every message that was received ended in exactly one way."""
         return bool(2 * self.received == sum(dataclasses.astuple(self)))
 
-    def count(self, end: str) -> None:
-        """Count one message more that ended so."""
-        setattr(self, end, getattr(self, end) + 1)
+    def count(self, end: str, number: int = 1) -> None:
+        """Count messages more that ended so."""
+        setattr(self, end, getattr(self, end) + number)
 
     def __str__(self) -> str:
         """Return it as the command prints it."""
@@ -6249,10 +6257,10 @@ class _Tally:
         self.ledger = Ledger()
         self.ledgers = {queue: Ledger() for queue in queues}
 
-    def count(self, queue: str, end: str) -> None:
-        """Count one message more of a queue that was received, or ended so."""
-        self.ledger.count(end)
-        self.ledgers[queue].count(end)
+    def count(self, queue: str, end: str, number: int = 1) -> None:
+        """Count messages more of a queue that were received, or ended so."""
+        self.ledger.count(end, number)
+        self.ledgers[queue].count(end, number)
 
 
 @dataclasses.dataclass(eq=False)
@@ -6276,7 +6284,7 @@ class _Held:
     decided_at: float = math.inf  # when that was known
     due_at: float = math.inf  # when the call that ends it is to be made at the latest
     tries: int = 0  # how often that call has failed
-    is_along: bool = False  # it runs together with one that was started before it
+    is_run: bool = False  # it is counted as a run: others may run together with it
     in_call: bool = False  # a call with it is under way, so that no other is made
 
     @property
@@ -6435,7 +6443,7 @@ class _Holdings:
         self.held: dict[_Held, None] = {}  # an ordered set, as are the following
         self.backlog = _Backlog(queues)  # received and not started
         self.decided: dict[_Held, None] = {}  # it is known what they become
-        self._along = 0  # messages that run together with another, that one left out
+        self.running = 0  # runs under way; messages that run together are one
         self.leases = _Leases()
         self.calls = _Calls(self, queues)
 
@@ -6443,11 +6451,6 @@ class _Holdings:
     def waiting(self) -> int:
         """How many messages wait to be started."""
         return sum(self.backlog.counts())
-
-    @property
-    def running(self) -> int:
-        """How many runs are under way; messages that run together are one."""
-        return len(self.held) - self.waiting - len(self.decided) - self._along
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
@@ -6457,12 +6460,12 @@ class _Holdings:
 
     def take(
         self,
-        messages: Iterable[QueueMessage],
+        messages: Sequence[QueueMessage],
         lease_s: float,
         asked_at: float,
         now: float,
     ) -> None:
-        """Hold received messages from now on.
+        """Hold the messages of a receive from now on.
 
         The service hid them at some time between the call and its answer. Where that
         took most of the lease, none is started before an extension shows that its lease
@@ -6487,7 +6490,8 @@ class _Holdings:
             self.held[held] = None
             self.backlog.add(held)
             self.leases.renew(held, asked_at + lease_s / 3)
-            self.tally.count(held.queue, "received")
+        if messages:
+            self.tally.count(messages[0].queue or "", "received", len(messages))
 
     def start(self, now: float) -> _Held | None:
         """Start the most urgent message whose lease holds; return it, or None."""
@@ -6496,6 +6500,8 @@ class _Holdings:
         if held:
             self.backlog.drop(held)
             held.begin(now)
+            held.is_run = True
+            self.running += 1
         return held
 
     def start_more(self, first: _Held, most: int, now: float) -> list[_Held]:
@@ -6504,8 +6510,6 @@ class _Holdings:
         for held in more:
             self.backlog.drop(held)
             held.begin(now)
-            held.is_along = True
-        self._along += len(more)
         return more
 
     def finish(
@@ -6521,6 +6525,7 @@ class _Holdings:
 
     def release(self, held: _Held, now: float) -> None:
         """Note that a message did not run after all: it is to be visible at once."""
+        self.backlog.drop(held)
         self._decide(held, "released", now, 0)
 
     def release_waiting(self, now: float) -> None:
@@ -6531,11 +6536,10 @@ class _Holdings:
 
     def _decide(self, held: _Held, end: str, now: float, delay_s: float | None) -> None:
         """Note what a message is to become, and when the call for it is due."""
-        self.backlog.drop(held)
         self.decided[held] = None
-        if held.is_along:
-            held.is_along = False
-            self._along -= 1
+        if held.is_run:
+            held.is_run = False
+            self.running -= 1
         held.end, held.decided_at, held.due_at = end, now, now
         if held.to_delete:
             if not held.message.is_fifo:  # else others of its group wait for it
@@ -6645,20 +6649,23 @@ class _Ends:
             self._again = [each for each in self._again if each[-1] is not held]
             heapq.heapify(self._again)
 
-    def due_at(self, *, is_last: bool) -> float:
-        """Return when a call is due; infinity if none is.
+    def due_at(self, patience_s: float, *, is_last: bool) -> float:
+        """Return when a call is to be made; infinity if none is.
 
+        :param patience_s: how much later than it is due, if it is not full
         :param is_last: whether no others can come to share it
         """
         due_at = math.inf
         if self._again:
-            due_at = self._again[0][0]
+            due_at = self._again[0][0] + patience_s
         if not self._new:
             return due_at
         first = next(iter(self._new))
-        if self.is_full or is_last:
+        if self.is_full:
             return min(due_at, first.decided_at)
-        return min(due_at, first.due_at)
+        if is_last:
+            return min(due_at, first.decided_at + patience_s)
+        return min(due_at, first.due_at + patience_s)
 
     def take(self, now: float) -> list[_Held]:
         """Return what the next call is to end; all new ones share it."""
@@ -6752,10 +6759,8 @@ class _Calls:
 
     def _due_at(self, ends: _Ends) -> float:
         """Return when the call for these is to be made."""
-        due_at = ends.due_at(is_last=len(self._all.decided) == len(self._all.held))
-        if ends.is_full:
-            return due_at
-        return due_at + self._patience_s()
+        is_last = len(self._all.decided) == len(self._all.held)
+        return ends.due_at(self._patience_s(), is_last=is_last)
 
     def _patience_s(self) -> float:
         """Return how much later than it is due a call is made that is not full.
@@ -7364,11 +7369,11 @@ class _Polled:
         return next(iter(self.polls)).began_at + _QUIET_S
 
     @property
-    def turn(self) -> tuple[bool, float]:
+    def turn(self) -> tuple[bool, float, int]:
         """What is less for the one to be asked first, where not all can be."""
         if self.is_empty:
-            return True, self.asked_at
-        return False, self.rank
+            return True, self.asked_at, self.rank
+        return False, 0, self.rank
 
 
 class _Polls:
@@ -8369,19 +8374,19 @@ def listen_for_messages(
 ) -> Ledger:
     """Run the messages of a queue, in the calling thread, until told to stop.
 
-    SIGTERM and SIGINT stop it where the application has no handlers of its own. It
+    SIGTERM and SIGINT stop it unless the application has handlers of its own. It
     stops after the running task and the poll in flight, which takes up to 20 s on SQS.
 
     :param priority: the queue, or several: the most urgent message runs first
     :param num_messages: with N, which is at most 100, up to N - 1 messages of a queue
-        wait while all slots run; with 1, one is received when it can start
+        wait while all slots are busy; with 1, one is received when it can start
     :param visibility_timeout_s: how long a received message is hidden from others,
         until the worker extends it; None takes the queue's own
-    :param loop_count: end after so many receives from each queue; None goes on for ever
+    :param loop_count: end after this many receives from each queue; None for no end
     :param shutdown_event: set it to stop
     :param until_empty: end once the queues have no message, in flight or delayed
     :param concurrency: how many run at once: 1 in the calling thread, more in threads
-    :param max_tasks: end after so many runs
+    :param max_tasks: end after this many runs
     :param grace_s: how long runs may go on once told to stop; then isolated ones are
         killed
     :param isolate: run all tasks in child processes, one a slot
@@ -8425,15 +8430,15 @@ async def listen_async(
     max_tasks_per_child: int = 100,
     ack_wait_s: float = _ACK_WAIT_S,
 ) -> Ledger:
-    """Run the messages of a queue beside what else an application's event loop does.
+    """Run the messages of a queue beside an application's other work on its event loop.
 
     ``async def`` tasks run on that loop, up to `concurrency` at once, and may use the
-    application's clients. All else is done in threads: receives, hooks, and plain
-    tasks. What coroutines leave running is the application's.
+    application's clients. Everything else runs in threads: receives, hooks, and plain
+    tasks. What coroutines leave running is the application's to end.
 
-    The options are those of :func:`listen_for_messages`. No signal is handled. Where
-    this is cancelled, it stops as by `shutdown_event`, and then raises CancelledError;
-    cancelled again, it waits no longer.
+    The options are those of :func:`listen_for_messages`. No signals are handled. If
+    this is cancelled, it stops as it does for `shutdown_event`, and then raises
+    CancelledError; if it is cancelled again, it waits no longer.
 
     :param shutdown_event: set it to stop: threading's or asyncio's
     :returns: what became of the messages
@@ -8645,7 +8650,7 @@ def _send_copy(
     try:
         _accepted(broker.send(target, [copy]))
     except MessageTooLarge:  # a queue may be pinned lower than the service's limit
-        plain = received.copy(received.message_attributes)
+        plain = received.copy(_without_counts(received))
         _accepted(broker.send(target, [plain]))
 
 
@@ -8662,8 +8667,20 @@ def _dead_letter_copy(
     text = _error_record(received, error, room)
     if len(text) <= room:
         attributes[_ERROR_ATTRIBUTE] = {"DataType": "String", "StringValue": text}
-    others = received.message_attributes
-    return received.copy(_add_attributes(received, attributes, others, limit))
+    return received.copy(
+        _add_attributes(received, attributes, _without_counts(received), limit)
+    )
+
+
+def _without_counts(received: QueueMessage) -> dict[str, Mapping[str, Any]]:
+    """Return a message's attributes but for what its attempts have been.
+
+    Whoever sends a dead letter back, be it SQS, means it to begin anew.
+    """
+    attributes = dict(received.message_attributes)
+    for name in (_ATTEMPTS_ATTRIBUTE, _POSTPONED_ATTRIBUTE):
+        attributes.pop(name, None)
+    return attributes
 
 
 def _error_record(
@@ -9562,11 +9579,23 @@ def _is_well_formed(record: Mapping[str, Any]) -> bool:
 def _as_boto3(
     attributes: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    """Return message attributes under the names of a receive: Lambda's begin small."""
-    return {
-        name: {part[:1].upper() + part[1:]: it for part, it in value.items()}
-        for name, value in attributes.items()
-    }
+    """Return message attributes as a receive has them: Lambda's names begin small.
+
+    So they can be sent again. Lambda adds lists, which are always empty, and which SQS
+    does not take; the bytes of a binary one are Base64.
+    """
+    import base64
+
+    found = {}
+    for name, value in attributes.items():
+        attribute = {
+            part[:1].upper() + part[1:]: it for part, it in value.items() if it
+        }
+        if "BinaryValue" in attribute:
+            with contextlib.suppress(ValueError, TypeError):  # then it stays as it is
+                attribute["BinaryValue"] = base64.b64decode(attribute["BinaryValue"])
+        found[name] = attribute
+    return found
 
 
 # === PART V: STATE ====================================================================
@@ -9901,9 +9930,10 @@ class _SqliteClaims(_Claims):
             VALUES (?, '', ?, ?, ?) ON CONFLICT (key, token) DO UPDATE
             SET until_ms = excluded.until_ms, message_id = excluded.message_id,
             started_ms = excluded.started_ms
-            WHERE started_ms <= ? OR message_id = excluded.message_id"""
+            WHERE started_ms <= ? OR message_id = excluded.message_id
+            OR started_ms > ?"""  # since then the clock was set back: it says nothing
         until_ms = self._in_ms(_MAX_RETENTION_S)
-        values = (key, until_ms, message_id, started_ms, sent_ms)
+        values = (key, until_ms, message_id, started_ms, sent_ms, self._in_ms())
         return self._change(insert, values) > 0
 
     @property
@@ -9951,15 +9981,15 @@ class Limit(NamedTuple):
 def limit(
     most: int, *, per: tuple[str, ...] = (), every_s: float | None = None
 ) -> Limit:
-    """Return how many runs of a task there may be at once, or in a time.
+    """Limit how many runs of a task there may be at once, or within a period.
 
     ``limit(1, per=('customer',))`` is a lock for each customer, ``limit(10)`` allows
     ten runs at once over all workers, and ``limit(100, every_s=60)`` a hundred starts
     in any minute.
 
     :param most: how many, 1 to 1,000
-    :param per: the names of arguments: each of their values has a limit of its own
-    :param every_s: count starts in so many seconds instead of what runs at once
+    :param per: names of arguments: each combination of their values has its own limit
+    :param every_s: count the starts within this many seconds, not what runs at once
     :raises ConfigurationError: if one of them is wrong
     """
     if type(most) is not int or not 1 <= most <= _MAX_PLACES:
@@ -10012,7 +10042,7 @@ def _check_arguments(option: str, made: Task[Any, Any], names: Sequence[str]) ->
 def _check_keep(made: Task[Any, Any], value: object) -> None:
     """Check `keep_s`, which goes with `once`."""
     if not made.options.get("once"):
-        raise ConfigurationError(f"{made.name}: keep_s: expected once=, too")
+        raise ConfigurationError(f"{made.name}: keep_s: expected once= as well")
     if not _is_above_zero(value):
         raise ConfigurationError(
             f"{made.name}: keep_s: expected a number of seconds above 0, got {value!r}"
@@ -10028,8 +10058,8 @@ def _check_limit(made: Task[Any, Any], value: object) -> None:
     _check_arguments("limit", made, value.per)
     if value.every_s is None and made.time_limit is None:
         raise ConfigurationError(
-            f"{made.name}: limit: expected time_limit=, too, after which the place of a"
-            " worker that died is free again"
+            f"{made.name}: limit: expected time_limit= as well: after it, the place of"
+            " a worker that died is free again"
         )
 
 
@@ -10067,15 +10097,13 @@ _before_work.append(_check_claims)
 
 # A run.
 
-_UNCLAIMED = contextlib.nullcontext()
-
 
 def _around_run(
     its_task: Task[Any, Any], received: QueueMessage
-) -> contextlib.AbstractContextManager[object, bool | None]:
+) -> contextlib.AbstractContextManager[object, bool | None] | None:
     """Return what holds the claims of a run; in sync mode, there is nobody else."""
     if not its_task.options or not _needs_claims(its_task) or settings.TASKHAWK_SYNC:
-        return _UNCLAIMED
+        return None
     return _with_claims(its_task, received)
 
 
@@ -10174,7 +10202,10 @@ def _wait_s(received: QueueMessage) -> float:
     A look costs a receive, a claim, a copy and a delete. The longer a message waits,
     the fewer looks; after some minutes that is one request in thirty seconds.
     """
-    doublings = min(received.postponed, 10)
+    looks = received.postponed
+    if received.is_fifo:  # it can't be postponed: each look is a receive that counts
+        looks = received.receive_count - 1
+    doublings = min(looks, 10)
     return _jittered(min(_FIRST_WAIT_S * 2**doublings, _LONGEST_WAIT_S))
 
 
@@ -10236,25 +10267,31 @@ def _tell(operation: str, *values: object) -> None:
 
 _LOOK_S = 20  # from one look at a pause or a worker's place to the next, at most
 _PLACE_S = 60  # that a worker's place lasts without an extension
+_KEEP_EVERY_S = 5  # a look at which places are to be extended; most are not yet
 _FOR_EVER_S = 100 * 365 * 86_400
 _PAUSED_BY = "0-"  # the token of a pause: anybody may end it
 
 
 def pause(priority: Priority, *, for_s: float | None = None) -> None:
-    """Have all workers receive nothing from a queue, from at most 20 s on.
+    """Stop all workers from receiving from a queue; they notice within 20 s.
 
-    What they have received by then is run. Lambda knows nothing of it.
+    What they have received by then is run. Lambda does not notice.
 
-    :param priority: of the queue
-    :param for_s: after how many seconds it goes on by itself; None for never
-    :raises ConfigurationError: on SQS, if TASKHAWK_CLAIMS_TABLE is not set
+    :param priority: which queue
+    :param for_s: after how many seconds it resumes by itself; None for never
+    :raises ConfigurationError: if an argument is wrong, or, on SQS, if
+        TASKHAWK_CLAIMS_TABLE is not set
     """
     keep_s = _FOR_EVER_S if for_s is None else for_s
+    if not _is_above_zero(keep_s):
+        raise ConfigurationError(
+            f"for_s: expected a number of seconds above 0, got {for_s!r}"
+        )
     _find_claims().finish(_pause_key(_queue_of(priority)), _PAUSED_BY, keep_s)
 
 
 def resume(priority: Priority) -> None:
-    """Have workers receive from a queue again."""
+    """Let workers receive from a queue again."""
     past_s = -2  # DynamoDB has whole seconds
     _find_claims().finish(_pause_key(_queue_of(priority)), _PAUSED_BY, past_s)
 
@@ -10271,8 +10308,17 @@ def _is_queue_paused(queue: str) -> bool:
     return _find_claims().is_done(_pause_key(queue))
 
 
+def _require_priority(priority: object) -> None:
+    """Refuse what is no Priority."""
+    if not isinstance(priority, Priority):
+        raise ConfigurationError(
+            f"priority: expected a taskhawk.Priority, got {priority!r}"
+        )
+
+
 def _queue_of(priority: Priority) -> str:
     """Return the name of the queue of a priority."""
+    _require_priority(priority)
     return _brokers.broker().destination(priority)
 
 
@@ -10309,6 +10355,13 @@ class _Gate:
         elif why_not and not found:
             _log.info("%s: receives again", queue)
         return not found
+
+    def keep(self, stop: threading.Event) -> None:
+        """Keep its places while it is too busy to receive; the body of a thread."""
+        while not stop.wait(_KEEP_EVERY_S):
+            for queue, token in [*self._tokens.items()]:
+                if token:
+                    self.is_open(queue)
 
     def _look(self, queue: str, before: str) -> str:
         """Return why not to receive, or ""; if that can't be told, as before."""
@@ -10349,7 +10402,18 @@ def _may_receive(worker: Worker, queue: str) -> bool:
     return gate.is_open(queue)
 
 
+def _begin_keeping(
+    worker: Worker, stop: threading.Event
+) -> Callable[[], object] | None:
+    """Have a worker keep its places, also while all that it may run is running."""
+    if worker.max_workers is None:
+        return None
+    gate = _gate_of.setdefault(worker, _Gate(worker))
+    return functools.partial(gate.keep, stop)
+
+
 _gates.append(_may_receive)
+_beside_workers.append(_begin_keeping)
 
 
 # --- 22. schedules --------------------------------------------------------------------
@@ -10421,8 +10485,8 @@ def _scheduler_role() -> str:
         example = _SETTINGS["TASKHAWK_SCHEDULER_ROLE"].example
         raise ConfigurationError(
             "TASKHAWK_SCHEDULER_ROLE is not set: delays of over 15 minutes on SQS, any"
-            " on SNS, and periodic tasks are schedules of EventBridge's, which send by"
-            f" a role: expected its ARN, such as {example!r}"
+            " on SNS, and periodic tasks are schedules of EventBridge Scheduler, which"
+            f" sends with a role: expected its ARN, such as {example!r}"
         )
     return str(role)
 
@@ -10480,34 +10544,56 @@ class _Scheduler(_AwsSender):
 
     def delete(self, name: str) -> bool:
         """Delete a schedule; return whether it was there."""
+        return self._call_on(name, "delete_schedule") is not None
+
+    def cancel(self, name: str) -> bool:
+        """Delete a message's schedule; return whether it can't have been sent.
+
+        Once it is due, it is left alone: it is sent, or was and is still listed, or it
+        is tried again, and is not to be lost.
+        """
+        found = self._call_on(name, "get_schedule")
+        if found is None or _is_due(found["ScheduleExpression"]):
+            return False
+        return self.delete(name) and not _is_due(found["ScheduleExpression"])
+
+    def _call_on(self, name: str, operation: str) -> Any:
+        """Make a call for a schedule; return its answer, None if there is none."""
         try:
-            self.call("send", "delete_schedule", _schedule_group(), Name=name)
+            return self.call("send", operation, _schedule_group(), Name=name)
         except Exception as error:
             if _error_code(error) != "ResourceNotFoundException":
                 raise
-            return False
-        return True
+            return None
+
+
+def _is_due(at: str) -> bool:
+    """Return whether a message may have been sent, by what :func:`_at` made of it."""
+    soon = datetime.now(UTC) + timedelta(seconds=_SKEW_S)  # AWS's clock is another
+    return at <= f"at({soon:%Y-%m-%dT%H:%M:%S})"
 
 
 _schemes["schedule"] = _Scheduler
 
 
 def cancel(message_id: str) -> bool:
-    """Delete a message that waits for the end of its delay.
+    """Delete a message whose delay has not ended yet.
 
-    On SQS and SNS it is its schedule that is deleted: what a queue itself delays, up to
-    15 minutes on SQS, can't be cancelled. Nor can what runs or has run.
+    On SQS and SNS this deletes its schedule. A message that the queue itself delays, up
+    to 15 minutes on SQS, can't be cancelled. Nor can one that runs, has run or was
+    postponed: with the option `unique`, it may stand for others that were ignored.
 
     :param message_id: what dispatch returned
-    :returns: whether the message was still waiting: now it will never run
-    :raises ConfigurationError: if schedules may not be deleted
+    :returns: whether the message was still waiting; if so, it will never run. If it is
+        due within seconds, that is False.
+    :raises ConfigurationError: if schedules may not be read and deleted
     :raises Exception: of botocore or sqlite3, if the call fails otherwise; the message
         may have been deleted then
     """
     sender = _brokers.sender()
     if isinstance(sender, _AwsSender):
         scheduler: _Scheduler = _brokers.get("schedule")
-        return scheduler.delete(_schedule_name(message_id))
+        return scheduler.cancel(_schedule_name(message_id))
     if isinstance(sender, SqliteBroker):
         return _cancel_in_file(sender, message_id)
     return False  # in sync mode and in capture(), nothing waits
@@ -10519,9 +10605,11 @@ def _cancel_in_file(broker: SqliteBroker, message_id: str) -> bool:
     beginning = _ENCODER.encode({"id": message_id})[:-1] + ","  # of each body
     delete = "DELETE FROM message WHERE"
     where = f"""queue IN ({_marks("?", queues)}) AND visible_ms > ?
-        AND visible_ms < ? AND receipt IS NULL AND substr(body, 1, ?) = ?"""
+        AND visible_ms < ? AND receipt IS NULL AND instr(attributes, ?) = 0
+        AND substr(body, 1, ?) = ?"""
     now_ms = broker._in_ms()  # noqa: SLF001
-    values = (*queues, now_ms, _BEHIND, len(beginning), beginning)
+    postponed = json.dumps(_POSTPONED_ATTRIBUTE)
+    values = (*queues, now_ms, _BEHIND, postponed, len(beginning), beginning)
     file = broker._file  # noqa: SLF001 - both are of this very file
     return file.change(f"{delete} {where}", values) > 0
 
@@ -10741,7 +10829,7 @@ def _check_timezone(made: Task[Any, Any], value: Any) -> None:
     """Refuse a time zone that there is not, or without a schedule."""
     if "schedule" not in made.options:
         raise ConfigurationError(
-            f"{made.name} has timezone={value!r}: expected a schedule too"
+            f"{made.name} has timezone={value!r}: expected schedule= as well"
         )
     try:
         _zone(value)
@@ -11390,10 +11478,11 @@ class DeadLetter:
     """A message in a dead-letter queue, as :func:`dead_letters` yields it.
 
     It may come from anywhere, so neither its body nor its error need be ours. It can be
-    sent back or deleted until the loop that it is of has ended.
+    sent back or deleted until the loop that yielded it has ended.
 
     :ivar received: the message as the queue gave it, with its body and attributes
-    :ivar age_s: seconds since it was sent for the first time
+    :ivar age_s: seconds since it was sent: here, by a worker; or for the first time, if
+        the queue itself moved it
     :ivar record: what a worker recorded of the error: ``type``, ``message``,
         ``traceback``, ``attempt``, ``worker`` and ``time``; None where it recorded none
     :ivar message: None where the body is not valid; its task need not be registered
@@ -11443,7 +11532,7 @@ class DeadLetter:
 
     @property
     def sent(self) -> str:
-        """When it was sent for the first time, in ISO 8601."""
+        """When it was sent, as `age_s` has it, in ISO 8601."""
         return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(_sent_s(self.received)))
 
     def requeue(self) -> None:
@@ -11484,7 +11573,10 @@ class DeadLetter:
 
 
 def _sent_s(received: QueueMessage) -> float:
-    """Return when a message was sent for the first time, in epoch seconds."""
+    """Return when a message was sent, as SQS counts, in epoch seconds.
+
+    A redrive keeps that time; a copy has its own.
+    """
     return int(received.attributes.get("SentTimestamp", 0)) / 1000
 
 
@@ -11677,8 +11769,8 @@ class _Scan:
         self._receipts(letters)  # nothing is sent that can't be deleted then
         copies = []
         for letter in letters:
-            attributes = dict(letter.received.message_attributes)
-            names = [_ERROR_ATTRIBUTE, _ATTEMPTS_ATTRIBUTE, _POSTPONED_ATTRIBUTE]
+            attributes = _without_counts(letter.received)
+            names = [_ERROR_ATTRIBUTE]
             if _is_undelivered(letter.received):
                 names += _UNDELIVERED
             for name in names:
@@ -11768,16 +11860,16 @@ def dead_letters(
 ) -> Generator[DeadLetter, None, None]:
     """Yield the dead letters of a queue, each once, for as many as there are now.
 
-    Those that the loop has come to are hidden from others, for ten minutes at most.
-    What it neither sent back nor deleted is visible again when it ends, also by
-    ``break`` or an exception.
+    The ones that the loop has reached are hidden from others, for ten minutes at most.
+    Those it neither sent back nor deleted are visible again when it ends, whether by
+    ``break`` or by an exception.
 
     :param priority: says which queue; its redrive policy names its dead-letter queue
     :param task: only those of this task; ``*`` and ``?`` stand for any text
     :param error: only those with this text in their :attr:`DeadLetter.cause`
     :param header: only those with these headers, whose values are compared as text
-    :param older_than_s: only those first sent at least so many seconds ago
-    :param newer_than_s: only those first sent at most so many seconds ago
+    :param older_than_s: only those whose :attr:`DeadLetter.age_s` is at least that
+    :param newer_than_s: only those whose age is at most that
     :raises ConfigurationError: if the queue has no dead-letter queue
     """
     _require_priority(priority)
@@ -11793,21 +11885,13 @@ def _letters_of(scan: _Scan) -> Generator[DeadLetter, None, None]:
         yield from scan
 
 
-def _require_priority(priority: object) -> None:
-    """Refuse what is no Priority."""
-    if not isinstance(priority, Priority):
-        raise ConfigurationError(
-            f"priority: expected a taskhawk.Priority, got {priority!r}"
-        )
-
-
 def requeue_dead_letter(
     priority: Priority, num_messages: int = 10, visibility_timeout: float | None = None
 ) -> int:
     """Send the dead letters of a queue back to it, and delete each that was copied.
 
-    It ends after as many messages as there were at the start, so that what fails again
-    is not sent in circles, or when a receive comes back empty.
+    It ends after as many messages as there were at the start, so that those that fail
+    again don't go round in circles, or when a receive comes back empty.
 
     :param priority: says which queue; its redrive policy names its dead-letter queue
     :param num_messages: how many to receive at once, up to 10
@@ -11961,8 +12045,8 @@ class _Resource(NamedTuple):
 
 
 def _label(name: str) -> str:
-    """Return Terraform's name for a queue or topic."""
-    return re.sub(r"\W", "_", name.lower())
+    """Return Terraform's name for a resource: it can't begin with a digit."""
+    return re.sub(r"\W|^(?=[0-9])", "_", name.lower())
 
 
 def _resources(
@@ -12264,6 +12348,9 @@ def _group_change(scheduler: _Scheduler, resource: _Resource) -> _Change | None:
     return _Change("made", "create_schedule_group", parameters)
 
 
+_SCHEDULE_KEEPS = ("State", "KmsKeyArn")  # not a StartDate: a past one is refused
+
+
 def _schedule_change(scheduler: _Scheduler, resource: _Resource) -> _Change | None:
     """Return how to make or correct a periodic task's schedule; None if it is right."""
     wanted = _periodic_schedule(_periodic_tasks()[resource.name])
@@ -12276,8 +12363,9 @@ def _schedule_change(scheduler: _Scheduler, resource: _Resource) -> _Change | No
     ]
     if not differing:
         return None
-    # An update resets what it leaves out, and someone may have disabled it.
-    parameters = {**wanted, "State": existing["State"]}
+    # An update resets what it leaves out. Someone may have disabled it, for example.
+    kept = {key: existing[key] for key in _SCHEDULE_KEEPS if key in existing}
+    parameters = {**kept, **wanted}
     return _Change(f"changed: {', '.join(differing)}", "update_schedule", parameters)
 
 
@@ -12408,10 +12496,30 @@ def _provide(resource: _Resource, *, dry_run: bool) -> str:
         return f"{what}: would be {change.text}"
     client = sender.client("send")
     with _explained(resource.name):
-        getattr(client, change.operation)(**change.parameters)
+        _make(client, change)
         if change.operation == "create_table":  # nothing can be set of it before
             client.get_waiter("table_exists").wait(TableName=resource.name)
     return f"{what}: {change.text}"
+
+
+_NEW_ROLE = "must allow AWS EventBridge Scheduler to assume the role"  # says Scheduler
+_NEW_ROLE_PAUSES = 10
+_NEW_ROLE_PAUSE_S = 3.0
+
+
+def _make(client: Any, change: _Change) -> None:
+    """Make a change; wait for a role that is new, which takes IAM some seconds."""
+    call = functools.partial(getattr(client, change.operation), **change.parameters)
+    for _ in range(_NEW_ROLE_PAUSES):
+        try:
+            call()
+        except Exception as error:
+            if _NEW_ROLE not in str(error):
+                raise
+            time.sleep(_NEW_ROLE_PAUSE_S)
+        else:
+            return
+    call()
 
 
 _SEND = "sqs:SendMessage sqs:GetQueueUrl"
@@ -12419,39 +12527,38 @@ _RECEIVE = (
     "sqs:ReceiveMessage sqs:DeleteMessage"
     " sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
 )
-_SCHEDULE = "scheduler:CreateSchedule scheduler:DeleteSchedule"
+_CANCEL = "scheduler:GetSchedule scheduler:DeleteSchedule"
+_SCHEDULE = f"scheduler:CreateSchedule {_CANCEL}"
 _LOOK_AT_TABLE = "dynamodb:DescribeTable dynamodb:DescribeTimeToLive"
-_LOOK_AT_SCHEDULES = (
-    "scheduler:GetScheduleGroup scheduler:GetSchedule"
-    " scheduler:ListSchedules scheduler:DeleteSchedule"
-)
 _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter queues
     ("publisher", "aws_sns_topic", "sns:Publish"),
     ("publisher", "aws_sqs_queue", _SEND),
+    ("publisher", "queue with a limit", "sqs:GetQueueAttributes"),
     ("worker", "aws_sqs_queue", f"{_RECEIVE} {_SEND}"),  # it postpones by copies
     ("worker", "DLQ", _SEND),
     # No sqs:GetQueueUrl: the URL is put together from the event's ARN.
     ("lambda", "aws_sqs_queue", f"{_RECEIVE} sqs:SendMessage"),
-    ("publisher", "aws_scheduler_schedule_group", _SCHEDULE),
+    ("publisher", "schedules", _SCHEDULE),
     ("publisher", "aws_iam_role", "iam:PassRole"),
     ("worker", "aws_dynamodb_table", "dynamodb:UpdateItem"),
     ("lambda", "aws_dynamodb_table", "dynamodb:UpdateItem"),
     ("operator", "aws_sns_topic", "sns:ListSubscriptionsByTopic"),
     ("operator", "aws_sqs_queue", f"{_SEND} sqs:GetQueueAttributes"),
     ("operator", "DLQ", f"{_RECEIVE} sqs:GetQueueUrl"),
-    ("operator", "aws_scheduler_schedule_group", _LOOK_AT_SCHEDULES),
-    ("operator", "aws_dynamodb_table", _LOOK_AT_TABLE),
+    ("operator", "schedules", _CANCEL),
+    ("operator", "aws_scheduler_schedule_group", "scheduler:GetScheduleGroup"),
+    ("operator", "all schedules", "scheduler:ListSchedules"),
+    # It pauses queues, and looks whether they are paused.
+    ("operator", "aws_dynamodb_table", f"{_LOOK_AT_TABLE} dynamodb:UpdateItem"),
 ]
 
 
 def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
     """Write the least policies, by role."""
     arns: dict[str, list[str]] = {}
-    granted = {kind for _, kind, _ in _GRANTS}
     for resource in resources:
-        kind = "DLQ" if _is_dead_letter_queue(resource.name) else resource.kind
-        if kind in granted:
-            arns.setdefault(kind, []).append(_arn_of(resource))
+        for kind, arn in _grantable(resource):
+            arns.setdefault(kind, []).append(arn)
     policies: dict[str, Any] = {}
     for role, kind, actions in _GRANTS:
         if kind in arns:
@@ -12468,17 +12575,36 @@ def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
     return policies
 
 
-def _arn_of(resource: _Resource) -> str:
-    """Return the ARN by which a policy names a resource, or what is in it."""
-    if resource.kind == "aws_iam_role":
-        return _scheduler_role()
-    service, _ = _PROVIDERS[resource.kind]
-    name = resource.name
-    if resource.kind == "aws_scheduler_schedule_group":
-        name = f"schedule/{name}/*"
-    if resource.kind == "aws_dynamodb_table":
-        name = f"table/{name}"
-    return str(_brokers.get(service).arn(name))
+def _grantable(resource: _Resource) -> Iterator[tuple[str, str]]:
+    """Yield what rights can be granted on, as _GRANTS calls it, and its ARN."""
+    kind, name = resource.kind, resource.name
+    if kind == "aws_iam_role":
+        yield kind, _scheduler_role()
+    if kind not in _ARN_PREFIXES:
+        return
+    service, _ = _PROVIDERS[kind]
+    arn = _brokers.get(service).arn
+    if _is_dead_letter_queue(name):
+        kind = "DLQ"
+    yield kind, arn(_ARN_PREFIXES[resource.kind] + name)
+    if kind == "aws_sqs_queue" and _has_sizes():
+        yield "queue with a limit", arn(name)
+    if kind == "aws_scheduler_schedule_group":
+        yield "schedules", arn(f"schedule/{name}/*")
+        yield "all schedules", "*"  # a list is of no resource, says AWS
+
+
+def _has_sizes() -> bool:
+    """Return whether a dispatch of some task asks how many messages its queue has."""
+    return any("max_queue_size" in task.options for task in _registry.values())
+
+
+_ARN_PREFIXES = {
+    "aws_sqs_queue": "",
+    "aws_sns_topic": "",
+    "aws_dynamodb_table": "table/",
+    "aws_scheduler_schedule_group": "schedule-group/",
+}
 
 
 class _Watched(NamedTuple):
@@ -12744,6 +12870,10 @@ def _check_state() -> Iterator[_Finding]:
     if settings.TASKHAWK_BROKER != "sqs":
         look = _check_state_in_file
     try:
+        _check_before_work()
+    except ConfigurationError as error:
+        yield _error(str(error), "workers do not start", _TOLD)
+    try:
         yield from look()
     except Exception as error:
         yield _error(_text_of(error), "the rest can't be checked", _TOLD)
@@ -12843,6 +12973,8 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
         yield _error(f"{queue}: it has no dead-letter queue", _NEVER_GIVEN_UP)
     else:
         yield from _check_receives(queue, info.max_receive_count, tasks)
+    if isinstance(broker, SqsBroker) and _is_fifo(queue):
+        yield from _check_deduplication(broker, queue, tasks)
     if isinstance(broker, SqsBroker) and info.dead_letter_queue:
         yield from _check_attributes(broker, queue, info.dead_letter_queue)
 
@@ -12902,6 +13034,21 @@ def _raise_receives(receives: int) -> str:
     if settings.TASKHAWK_BROKER == "sqs":
         return f"{_PROVISION} --max-receive-count {receives}"
     return f"set max_receive_count={receives} in TASKHAWK_BROKER"
+
+
+def _check_deduplication(
+    broker: SqsBroker, queue: str, tasks: Iterable[Task[..., Any]]
+) -> Iterator[_Finding]:
+    """Look whether a FIFO queue takes what schedules send, which has no id."""
+    if not any("schedule" in task.options for task in tasks):
+        return
+    name = "ContentBasedDeduplication"
+    if broker.attributes(queue, [name]).get(name) != "true":
+        yield _error(
+            f"{queue}: it has no content-based deduplication",
+            "it refuses what schedules send, and no dead-letter queue gets that",
+            f"set {name} of {queue} to true",
+        )
 
 
 def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Finding]:
@@ -13178,7 +13325,7 @@ def _parser() -> Any:
         text, _, example = (inspect.getdoc(run) or command).partition("\n\n")
         group, _, name = command.rpartition(" ")
         if group not in groups:
-            about = "look at dead letters, send them back or delete them"
+            about = "Look at dead letters, send them back, or delete them."
             made = groups[""].add_parser(group, help=about, epilog=example)
             made.set_defaults(parser=made)
             groups[group] = made.add_subparsers(metavar="ACTION", parser_class=make)
@@ -13526,12 +13673,12 @@ class _MeasuredWorker(Worker):
     _MODULES,
     _many(
         "--priority",
-        "queue to listen to (default: those of the tasks)",
+        "queue to listen to; may be repeated (default: those of the tasks)",
         choices=_PRIORITIES,
     ),
     _option(
         "--num-messages",
-        "with N, up to N - 1 messages of a queue wait for a slot (default: 1)",
+        "hold up to N - 1 messages of a queue ready for a free slot (default: 1)",
         type=_whole(1, _MAX_NUM_MESSAGES),
         default=1,
         metavar="N",
@@ -13564,7 +13711,7 @@ class _MeasuredWorker(Worker):
     _flag("--isolate", "run tasks in child processes"),
     _option(
         "--max-workers",
-        "receive only while fewer than N other workers have the queue",
+        "receive from a queue only while fewer than N other workers do",
         type=_whole(1, _MAX_PLACES),
         metavar="N",
     ),
@@ -13579,6 +13726,7 @@ class _MeasuredWorker(Worker):
         "--log-level",
         "least level to log (default: info)",
         choices=["debug", "info", "warning", "error"],
+        type=str.lower,
     ),
     _option(
         "--log-format", "format of the log (default: text)", choices=["text", "json"]
@@ -13667,7 +13815,12 @@ def _exit_overdue(ledger: Ledger) -> None:
         default={},
         metavar="JSON",
     ),
-    _many("--header", "a header: its name and value", type=_pair, metavar="K=V"),
+    _many(
+        "--header",
+        "a header, as NAME=VALUE; may be repeated",
+        type=_pair,
+        metavar="K=V",
+    ),
     _option(
         "--priority", "queue to send to (default: the task's)", choices=_PRIORITIES
     ),
@@ -13680,8 +13833,7 @@ def _exit_overdue(ledger: Ledger) -> None:
     ),
     _option(
         "--group",
-        "its message group: a tenant, or an order of a FIFO queue (default: the"
-        " task's)",
+        "its message group, such as a customer's id (default: the task's)",
         metavar="KEY",
     ),
     _MODULE,
@@ -13693,7 +13845,7 @@ def _dispatch(arguments: Any) -> None:
     """
     module = arguments.task.rpartition(".")[0]
     if module and arguments.task not in _registry:
-        _load([module], arguments.command)
+        _load_module_of(arguments.task, module)
     invocation = _task_named(arguments.task).with_headers(**dict(arguments.header))
     if arguments.priority:
         invocation = invocation.with_priority(Priority[arguments.priority])
@@ -13701,6 +13853,19 @@ def _dispatch(arguments: Any) -> None:
         invocation = invocation.with_group(arguments.group)
     invocation = invocation.with_delay(arguments.delay)
     print(invocation.dispatch(*arguments.args, **arguments.kwargs))
+
+
+def _load_module_of(task_name: str, module: str) -> None:
+    """Import the module that a task's name begins with; it may be any name."""
+    try:
+        _load([module], "dispatch")
+    except ConfigurationError as error:
+        if not isinstance(error.__cause__, ModuleNotFoundError):
+            raise
+        raise TaskNotFound(
+            f"no task is registered as {task_name!r}, and {error}: name the module that"
+            " defines the task with --module"
+        ) from error
 
 
 def _task_named(name: str) -> Task[..., Any]:
@@ -13724,12 +13889,16 @@ def _task_named(name: str) -> Task[..., Any]:
 
 @_command("cancel", _option("id", "the message's id, which dispatch printed"))
 def _cancel(arguments: Any) -> bool:
-    """Delete a message that waits for the end of its delay.
+    """Delete a message whose delay has not ended yet.
 
     example: python -m taskhawk cancel b1328174-a21c-43d3-b303-964dfcc76efc
     """
     is_cancelled = cancel(arguments.id)
-    print("cancelled" if is_cancelled else "not found: it ran, or it is on its way")
+    print(
+        "cancelled"
+        if is_cancelled
+        else "nothing to cancel: no delayed message has this id"
+    )
     return not is_cancelled
 
 
@@ -13741,14 +13910,14 @@ _PAUSED_QUEUES = _many("--priority", "queue (default: all)", choices=_PRIORITIES
     _PAUSED_QUEUES,
     _option(
         "--for",
-        "after which time it goes on by itself: 90, 10m, 1h (default: never)",
+        "after which time it resumes by itself: 90, 10m, 1h (default: never)",
         type=_seconds(1),
         dest="for_s",
         metavar="S",
     ),
 )
 def _pause(arguments: Any) -> None:
-    """Have workers receive nothing from a queue.
+    """Stop workers from receiving from a queue.
 
     example: python -m taskhawk pause --priority bulk --for 10m
     """
@@ -13759,7 +13928,7 @@ def _pause(arguments: Any) -> None:
 
 @_command("resume", _PAUSED_QUEUES)
 def _resume(arguments: Any) -> None:
-    """Have workers receive from a queue again.
+    """Let workers receive from a queue again.
 
     example: python -m taskhawk resume --priority bulk
     """
@@ -13781,7 +13950,7 @@ def _tasks(arguments: Any) -> None:
 
 @_command("schedules", _MODULES, _AS_JSON)
 def _schedules(arguments: Any) -> None:
-    """List the periodic tasks, with the time when each is due next.
+    """List the periodic tasks, and when each is due next.
 
     example: python -m taskhawk schedules myapp.tasks
     """
@@ -13890,7 +14059,7 @@ def _show_json(counts: _AllCounts, _rates: _Rates) -> None:
     _MODULES,
     _many(
         "--priority",
-        "queue to check (default: those of the tasks)",
+        "queue to check; may be repeated (default: those of the tasks)",
         choices=_PRIORITIES,
     ),
     _AS_JSON,
@@ -13917,7 +14086,11 @@ _DASHBOARDS = {"dashboard": _dashboard, "dashboard-terraform": _dashboard_terraf
 @_command(
     "provision",
     _MODULES,
-    _many("--priority", "queue to make (default: all)", choices=_PRIORITIES),
+    _many(
+        "--priority",
+        "queue to make; may be repeated (default: all)",
+        choices=_PRIORITIES,
+    ),
     _option(
         "--max-receive-count",
         "receives after which a message is a dead letter (default: 5)",

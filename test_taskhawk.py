@@ -1536,6 +1536,12 @@ class TestErrors:
             made = refused(taskhawk.RetryException, *args, error=ValueError, **kwargs)
             assert made == sentence
 
+    def test_retry_at_a_text(self):
+        """RetryException refuses a delay that is no number."""
+        named = {"delay_seconds": "10"}
+        made = refused(taskhawk.RetryException, error=ValueError, **named)
+        assert made == "delay_seconds: expected 0 or more seconds, got '10'"
+
     def test_retry_by_no_policy(self):
         """RetryException refuses a policy that can't be called."""
         kwargs = {"error": ValueError, "retry": "soon"}
@@ -10065,6 +10071,7 @@ class TestBatchTasks:
                 assert outcome.error is error or type(outcome.error) is LookupError
                 trace = traceback.format_exception(outcome.error)
                 assert sum(line.count("in index") for line in trace) == (not error)
+                assert "in _end_run" not in "".join(trace)  # for it would grow
         delays = [outcome.delay_s for outcome in outcomes]
         assert delays == [7 if call == "later" else None for call in calls.split()]
 
@@ -10470,8 +10477,8 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         assert counts.pop("received") == self.count
         assert sum(counts.values()) + len(self.holdings.held) == self.count
         holdings = self.holdings
-        along = sum(held.is_along for held in holdings.held)
-        assert holdings.running + along == len(self.running)
+        runs = [held for held in self.running if held.is_run]
+        assert holdings.running == len(runs)
         known = holdings.waiting + len(self.running) + len(holdings.decided)
         assert known == len(holdings.held)
 
@@ -11458,7 +11465,7 @@ class PollsMachine(hypothesis.stateful.RuleBasedStateMachine):
         if self.last.get(queue) == 0 or queue in self.over:
             return True
         flights = self.in_flight(queue)
-        return bool(flights) and self.now - flights[0].began_at >= 0.1
+        return bool(flights) and self.now >= flights[0].began_at + 0.1
 
     @hypothesis.stateful.rule(which=st.integers(0, 2))
     def ask(self, which: int) -> None:
@@ -13472,6 +13479,16 @@ class TestBatchesOfAWorker:
         ledger = worker_broker.work(num_messages=10, concurrency=2)
         assert ledger == taskhawk.Ledger(received=9, acked=9)
 
+    def test_next_batch(self, worker_broker):
+        """While a batch runs, those that are to run next are received."""
+
+        @taskhawk.task(batch=10, name="shop.index")
+        def index(calls: list[taskhawk.Call]) -> None:
+            worker_eventually(lambda: len(worker_broker.made("receive")) > 1)
+
+        worker_broker.put(index, *[()] * 25)
+        assert worker_broker.work(num_messages=10).acked == 25
+
     def test_interrupted(self, worker_broker, together):
         """What ends the worker leaves all of them to the queue."""
         index = taskhawk.Task.find_by_name("shop.index")
@@ -13702,6 +13719,26 @@ class TestCoroutines:
             signal.signal(signal.SIGUSR1, before)
         assert ended == [1]
 
+    def test_interrupted_alone(self):
+        """Where others go on on the loop, what was interrupted is cancelled at once."""
+        event_loop, ended = taskhawk._EventLoop(), []
+
+        async def wait() -> None:
+            try:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                await asyncio.sleep(WORKER_PATIENCE_S)
+            finally:
+                ended.append(1)
+
+        before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit("told to"))
+        try:
+            with event_loop.in_this_thread():
+                with pytest.raises(SystemExit, match=r"^told to$"):
+                    event_loop.run(wait())
+                worker_eventually(lambda: ended)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+
     def test_no_loop(self, worker_broker, act, caplog, monkeypatch):
         """A loop that can't be made fails the run, and the next one has it."""
         caplog.set_level(logging.CRITICAL)  # a record would keep the coroutine
@@ -13841,6 +13878,8 @@ class TestPostponedCopies:
         [letter] = receive_all("TASKHAWK-DEFAULT-DLQ")
         error = json.loads(letter.message_attributes["taskhawk.error"]["StringValue"])
         assert error["attempt"] == 2
+        # Nor have our counts any say once somebody has the queue send it back.
+        assert list(letter.message_attributes) == ["taskhawk.error"]
 
     @pytest.mark.parametrize(
         ("attempt", "headers", "kept", "ours"),
@@ -15859,6 +15898,27 @@ class TestLambda:
             PROCESSING_ID, "ID"
         )
 
+    def test_attributes_of_a_copy(self, lambda_sqs, lambda_runs):
+        """A copy has the message's attributes as they were sent, in the form SQS takes."""
+        event = lambda_event("not yet", make=lambda_sqs_record)
+        given = event["Records"][0]["messageAttributes"]
+        given["image"] = {"binaryValue": "AP8=", "dataType": "Binary"}
+        given["hostile"] = {"binaryValue": 7, "dataType": "Binary"}
+        received = taskhawk._from_record(event["Records"][0])
+        assert received.message_attributes == {
+            "request_id": {"StringValue": "1234", "DataType": "String"},
+            "image": {"BinaryValue": b"\x00\xff", "DataType": "Binary"},
+            "hostile": {"BinaryValue": 7, "DataType": "Binary"},
+        }
+        del given["hostile"]
+        lambda_consume(event)
+        [copy] = lambda_sqs.asked("SendMessage")
+        assert copy["MessageAttributes"] == {
+            "request_id": {"StringValue": "1234", "DataType": "String"},
+            "image": {"BinaryValue": "AP8=", "DataType": "Binary"},
+            "taskhawk.postponed": {"StringValue": "1", "DataType": "String"},
+        }
+
     def test_postponed_of_a_topic(self, lambda_sqs, lambda_runs):
         """No copy can take the place of a message of a topic: Lambda retries it."""
         event = lambda_event("not yet", make=lambda_sns_record)
@@ -16386,7 +16446,7 @@ STATE_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"unique": ("item", "size")}, "unique: the function has no argument 'size'"),
     ({"unique": ("metadata",)}, "unique: the function has no argument 'metadata'"),
     ({"once": ("more",)}, "once: the function has no argument 'more'"),
-    ({"keep_s": 60}, "keep_s: expected once=, too"),
+    ({"keep_s": 60}, "keep_s: expected once= as well"),
     (
         {"once": True, "keep_s": 0},
         "keep_s: expected a number of seconds above 0, got 0",
@@ -16399,7 +16459,7 @@ STATE_OPTIONS: list[tuple[dict[str, Any], str]] = [
     (
         {"limit": taskhawk.limit(1)},
         (
-            "limit: expected time_limit=, too, after which the place of a worker that died is"
+            "limit: expected time_limit= as well: after it, the place of a worker that died is"
             " free again"
         ),
     ),
@@ -16915,6 +16975,23 @@ class TestUnique:
         assert lambda_consume(event) == (None, [])
         assert len(runs) == 2
 
+    def test_clock_set_back(self, stored):
+        """A clock of SQLite's that is set back has no message taken for seen."""
+        broker, clock = stored
+        seen: list[int] = []
+
+        def run() -> None:
+            seen.append(1)
+
+        job = taskhawk.task(name="mail.send", unique=True)(run)
+        job.dispatch()
+        work_once(broker)
+        clock.now -= 3600
+        job.dispatch()
+        clock.now += 1
+        work_once(broker)
+        assert len(seen) == 2
+
 
 class TestLimits:
     """At most so many at once or in a time; who waits uses up no attempts."""
@@ -16936,6 +17013,21 @@ class TestLimits:
         for first, fourth in zip(starts, starts[3:], strict=False):
             assert fourth - first >= 60
         assert starts[-1] - starts[0] <= 3 * 60 + 4 * 160
+
+    @pytest.mark.parametrize(
+        ("looks", "wait_s"), [(0, 10), (1, 20), (3, 80), (4, 160), (99, 160)]
+    )
+    def test_waits(self, isolated, looks, wait_s):
+        """Who waits looks less and less often; on a FIFO queue, as receives go by."""
+        count = {"DataType": "String", "StringValue": str(looks)}
+        postponed = QueueMessage("", "1", queue="Q")
+        postponed.message_attributes = {"taskhawk.postponed": count}
+        received = QueueMessage("", "1", queue="Q.fifo")
+        received.attributes = {"ApproximateReceiveCount": str(looks + 1)}
+        for message in (postponed, received):
+            waits_s = [taskhawk._wait_s(message) for _ in range(100)]
+            assert wait_s / 2 <= min(waits_s) <= max(waits_s) <= wait_s
+            assert max(waits_s) > wait_s * 0.75
 
     def test_lock(self, state):
         """While one runs, the others of its customer wait, and only they."""
@@ -17167,6 +17259,18 @@ class TestPauses:
         clock.now += 2
         assert not taskhawk.is_paused(Priority.bulk)
 
+    def test_wrong(self, stored):
+        """A wrong queue or time is refused."""
+        for change in (taskhawk.pause, taskhawk.resume, taskhawk.is_paused):
+            with pytest.raises(taskhawk.ConfigurationError) as caught:
+                change("bulk")
+            sentence = "priority: expected a taskhawk.Priority, got 'bulk'"
+            assert str(caught.value) == sentence
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.pause(Priority.bulk, for_s="10m")
+        sentence = "for_s: expected a number of seconds above 0, got '10m'"
+        assert str(caught.value) == sentence
+
     def test_looks(self, stored, monkeypatch, caplog):
         """A worker looks every 10 to 20 s, and goes on as before where it can't."""
         caplog.set_level(logging.INFO)
@@ -17222,6 +17326,32 @@ class TestPauses:
         assert caplog.messages[-1] == (
             "Q: receives nothing: it can't be told how many workers it has"
         )
+
+    def test_busy_worker(self, stored):
+        """A worker that runs something for long keeps its place, and no other's."""
+        broker, clock = stored
+        one, two = (
+            taskhawk.Worker(broker, ["Q", "R"], max_workers=1, clock=clock)
+            for _ in range(2)
+        )
+        assert taskhawk._may_receive(one, "Q")
+        assert taskhawk._may_receive(two, "R")
+        assert not taskhawk._may_receive(one, "R")
+
+        class Stop(threading.Event):
+            left = 120  # waits of 5 s, which are ten minutes
+
+            def wait(self, timeout: float | None = None) -> bool:
+                clock.now += timeout or 0
+                self.left -= 1
+                return self.left < 0
+
+        keep = taskhawk._begin_keeping(one, Stop())
+        assert keep is not None
+        keep()
+        assert not taskhawk._may_receive(two, "Q")
+        assert taskhawk._may_receive(one, "R")  # nobody has kept that of the other
+        assert taskhawk._begin_keeping(taskhawk.Worker(broker, ["Q"]), NEVER) is None
 
     def test_no_table(self, aws):
         """Without a table, a worker looks nowhere; a pause says what is missing."""
@@ -17356,8 +17486,8 @@ class TestChaosOfState:
 ROLE = "arn:aws:iam::000000000000:role/taskhawk-app"
 NO_ROLE = (
     "TASKHAWK_SCHEDULER_ROLE is not set: delays of over 15 minutes on SQS, any on SNS,"
-    " and periodic tasks are schedules of EventBridge's, which send by a role: expected"
-    " its ARN, such as 'arn:aws:iam::123456789012:role/taskhawk-dev-myapp'"
+    " and periodic tasks are schedules of EventBridge Scheduler, which sends with a role:"
+    " expected its ARN, such as 'arn:aws:iam::123456789012:role/taskhawk-dev-myapp'"
 )
 
 
@@ -17670,6 +17800,42 @@ class TestCancel:
         received.change_visibility(VisibilityTimeout=60)
         assert taskhawk.cancel(message_id) is False
 
+    @pytest.mark.parametrize(
+        ("due_in_s", "code", "is_cancelled"),
+        [
+            (3600, None, True),
+            (3600, "ResourceNotFoundException", False),
+            (2, "never called", False),
+            (-3600, "never called", False),
+        ],
+    )
+    def test_due(self, stubbed, due_in_s, code, is_cancelled):
+        """A schedule that is due may have been sent: it is left alone, for it may not yet."""
+        due = datetime.now(UTC) + timedelta(seconds=due_in_s)
+        at = f"at({due:%Y-%m-%dT%H:%M:%S})"
+        stubbed.add_response("get_schedule", {"ScheduleExpression": at})
+        if code is None:
+            stubbed.add_response("delete_schedule", {})
+        elif code != "never called":
+            stubbed.add_client_error("delete_schedule", code)
+        assert taskhawk.cancel("some-id") is is_cancelled
+        stubbed.assert_no_pending_responses()
+
+    def test_postponed(self, stored):
+        """What was postponed may stand for others that were ignored: it is to run."""
+        broker, clock = stored
+        busy = {"limit": taskhawk.limit(1), "time_limit": 60, "unique": True}
+        job = taskhawk.task(name="mail.send", **busy)(nothing)
+        job.isolate = False
+        taskhawk._find_claims().claim(taskhawk._key(job, "limit", {}), 30)
+        ids = [job.dispatch() for _ in range(2)]
+        clock.now += 1
+        ledger = work_once(broker)
+        assert (ledger.postponed, ledger.acked) == (1, 1)
+        assert [taskhawk.cancel(each) for each in ids] == [False, False]
+        clock.now += 60
+        assert work_once(broker).acked == 1
+
     def test_command(self, tmp_path, mail, capsys):
         """The commands dispatch with a delay of days, and cancel by the id that was printed."""
         taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
@@ -17677,15 +17843,15 @@ class TestCancel:
         message_id = capsys.readouterr().out.strip()
         for code, line in (
             (0, "cancelled"),
-            (1, "not found: it ran, or it is on its way"),
+            (1, "nothing to cancel: no delayed message has this id"),
         ):
             assert taskhawk.main(["cancel", message_id]) == code
             assert capsys.readouterr().out == f"{line}\n"
 
     def test_fault(self, stubbed):
         """A fault is raised: nobody knows then whether it was waiting."""
-        stubbed.add_client_error("delete_schedule", "AccessDeniedException", "no")
-        denied = DENIED.format("DeleteSchedule")
+        stubbed.add_client_error("get_schedule", "AccessDeniedException", "no")
+        denied = DENIED.format("GetSchedule")
         assert refused(taskhawk.cancel, "some-id") == (
             f"taskhawk-app: {denied} (AccessDeniedException: no)"
         )
@@ -17824,7 +17990,7 @@ class TestScheduleExpressions:
                     timedelta(days=70),
                 )
             ),
-            ({"timezone": "UTC"}, "timezone='UTC': expected a schedule too"),
+            ({"timezone": "UTC"}, "timezone='UTC': expected schedule= as well"),
             *(
                 (
                     {"schedule": "rate(1 day)", "timezone": wrong},
@@ -19948,6 +20114,10 @@ class TestProvision:
         assert (queue["Resource"], dead["Resource"]) == ([arn], [f"{arn}-DLQ"])
         assert "sqs:ChangeMessageVisibility" in queue["Action"]
         assert dead["Action"] == send
+        taskhawk.task(name="mail.send", max_queue_size=9)(nothing)
+        roles = provision_json(capsys, "--format=iam", "--priority=default")
+        look = {**statement, "Action": ["sqs:GetQueueAttributes"]}
+        assert roles["publisher"] == {**policy, "Statement": [statement, look]}
 
     def test_topics(self, endpoint, sqs_client, queue_name, capsys):
         """A Lambda app has topics, and functions subscribe to them."""
@@ -20437,6 +20607,39 @@ class TestProvisionSchedules:
                 )
                 assert not report.has_errors(), report.generate_report()
 
+    @pytest.mark.parametrize("refusals", [0, 2, 11])
+    def test_new_role(self, stubbed, monkeypatch, refusals):
+        """A role that was made just now is not known everywhere: the schedule waits for it."""
+        monkeypatch.setattr(taskhawk, "_NEW_ROLE_PAUSE_S", 0)
+        text = "The execution role you provide must allow AWS EventBridge Scheduler to"
+        text += " assume the role."
+        for _ in range(refusals):
+            stubbed.add_client_error("create_schedule", "ValidationException", text)
+        if refusals < 11:
+            stubbed.add_response("create_schedule", {"ScheduleArn": "arn"})
+        task = taskhawk.task(name="app.audit", schedule="rate(5 minutes)")(nothing)
+        wanted = taskhawk._periodic_schedule(task)
+        change = taskhawk._Change("made", "create_schedule", wanted)
+        client = taskhawk._brokers.get("schedule").client("send")
+        make = functools.partial(taskhawk._make, client, change)
+        if refusals < 11:
+            make()
+            stubbed.add_client_error("create_schedule", "ValidationException", "no")
+        with pytest.raises(botocore.exceptions.ClientError):
+            make()
+
+    def test_update(self, stubbed, queue_name):
+        """An update resets what it leaves out: what others have set is not left out."""
+        task = taskhawk.task(name="app.audit", schedule="rate(5 minutes)")(nothing)
+        wanted = taskhawk._periodic_schedule(task)
+        others = {"State": "DISABLED", "KmsKeyArn": "arn:aws:kms:us-east-1:1:key/2"}
+        existing = {**wanted, **others, "ScheduleExpression": "rate(6 minutes)"}
+        stubbed.add_response("get_schedule", existing)
+        scheduler = taskhawk._brokers.get("schedule")
+        resource = taskhawk._Resource("aws_scheduler_schedule", "task.app.audit", {})
+        change = taskhawk._schedule_change(scheduler, resource)
+        assert change.parameters == {**wanted, **others}
+
     def test_message(self, scheduled, caplog):
         """With the time filled in, the input is a message that runs, with one id a firing."""
         task = taskhawk._registry["app.audit"]
@@ -20615,7 +20818,11 @@ class TestProvisionSchedules:
         group = f"arn:aws:scheduler:{region}:schedule/taskhawk-{queue_name.lower()}/*"
         assert schedules == {
             "Effect": "Allow",
-            "Action": ["scheduler:CreateSchedule", "scheduler:DeleteSchedule"],
+            "Action": [
+                "scheduler:CreateSchedule",
+                "scheduler:GetSchedule",
+                "scheduler:DeleteSchedule",
+            ],
             "Resource": [group],
         }
         assert hand_over == {
@@ -20626,7 +20833,20 @@ class TestProvisionSchedules:
                 "StringEquals": {"iam:PassedToService": "scheduler.amazonaws.com"}
             },
         }
-        assert roles["operator"]["Statement"][-1]["Resource"] == [group]
+        by_hand, group_itself, lists = roles["operator"]["Statement"][2:]
+        assert by_hand["Resource"] == [group]
+        assert by_hand["Action"] == [
+            "scheduler:GetSchedule",
+            "scheduler:DeleteSchedule",
+        ]
+        # Each on what AWS's service authorization reference names for it.
+        name = f"schedule-group/taskhawk-{queue_name.lower()}"
+        assert group_itself["Resource"] == [f"arn:aws:scheduler:{region}:{name}"]
+        assert group_itself["Action"] == ["scheduler:GetScheduleGroup"]
+        assert (lists["Action"], lists["Resource"]) == (
+            ["scheduler:ListSchedules"],
+            ["*"],
+        )
 
     def test_topics(self, scheduled, queue_name, capsys):
         """In a Lambda app, schedules publish to the topics."""
@@ -20649,6 +20869,15 @@ class TestProvisionSchedules:
         client = sqs_client(taskhawk.settings.AWS_ENDPOINT_SQS)
         found = attributes_of(client, f"TASKHAWK-{queue_name}.fifo")
         assert found["ContentBasedDeduplication"] == "true"
+        url = client.get_queue_url(QueueName=f"TASKHAWK-{queue_name}.fifo")["QueueUrl"]
+        wrong = {"ContentBasedDeduplication": "false"}
+        client.set_queue_attributes(QueueUrl=url, Attributes=wrong)
+        finding = (
+            f"error: TASKHAWK-{queue_name}.fifo: it has no content-based deduplication:"
+            " it refuses what schedules send, and no dead-letter queue gets that. Fix:"
+            f" set ContentBasedDeduplication of TASKHAWK-{queue_name}.fifo to true"
+        )
+        assert finding in check(capsys, "--priority=default")[1]
 
 
 class TestProvisionTable:
@@ -20709,6 +20938,13 @@ class TestProvisionTable:
         assert taskhawk.main(["provision", "--priority=default"]) == 2
         assert capsys.readouterr().err == f"taskhawk: {sentence}\n"
 
+    @pytest.mark.parametrize(
+        ("name", "label"), [("3-claims", "_3_claims"), ("Claims.v2", "claims_v2")]
+    )
+    def test_label(self, name, label):
+        """What Terraform calls a table is an identifier of Terraform's."""
+        assert taskhawk._label(name) == label
+
     def test_described(self, aws, capsys):
         """Terraform has its TTL in it; workers may update its items, and no more."""
         table = "taskhawk-claims"
@@ -20731,6 +20967,18 @@ class TestProvisionTable:
                 "Action": ["dynamodb:UpdateItem"],
                 "Resource": [f"arn:aws:dynamodb:us-east-1:000000000000:table/{table}"],
             }
+        # Who pauses a queue writes, too, and so does whoever looks for a pause.
+        assert "dynamodb:UpdateItem" in roles["operator"]["Statement"][-1]["Action"]
+
+    def test_missing(self, aws, capsys):
+        """Check says that tasks need a table where none is named, as workers do."""
+        configure_aws(aws.url, "app")
+        taskhawk.task(name="mail.send", once=True)(nothing)
+        code, lines = check(capsys, "--priority=default")
+        assert code == 1
+        assert (
+            f"error: {NO_TABLE}: workers do not start. Fix: as the error says" in lines
+        )
 
 
 # --- 26. command line -----------------------------------------------------------------
@@ -20800,7 +21048,8 @@ listen ./job.py
 check shop/tasks.py
     check: 'shop/tasks.py' is a file: name the module, such as shop.tasks
 dispatch nowhere.f
-    the module 'nowhere' can't be imported: No module named 'nowhere'
+    no task is registered as 'nowhere.f', and the module 'nowhere' can't be imported: No
+    module named 'nowhere': name the module that defines the task with --module
 dispatch f
     no task is registered as 'f': is its module imported? Its name begins with its
     module, such as myapp.tasks.f
@@ -20810,6 +21059,8 @@ dispatch job.ad
     no task is registered as 'job.ad': is its module imported? Did you mean job.add?
 dispatch job.xyz
     no task is registered as 'job.xyz': is its module imported?
+dispatch odd.f
+    odd.f: *args can't be a task's parameter: name the arguments, or take a list
 tasks odd
     odd.f: *args can't be a task's parameter: name the arguments, or take a list
 dispatch job.add
