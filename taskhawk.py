@@ -3976,6 +3976,7 @@ def extend_visibility_timeout(
 
 
 _LOOP_END_S = 5  # for what coroutines left behind to end, once it is cancelled
+_LOOP_HURRIED_S = 0.5  # the same after a Ctrl-C that is to end the worker at once
 
 
 class _EventLoop:
@@ -3999,13 +4000,17 @@ class _EventLoop:
         """Run the coroutines of this thread's messages here, inside the block."""
         outer = getattr(_thread, "event_loop", None)  # where a task runs a worker
         _thread.event_loop = self
+        within_s: float = _LOOP_END_S
         with self._lock:
             self._users += 1
         try:
             yield
+        except KeyboardInterrupt:
+            within_s = _LOOP_HURRIED_S
+            raise
         finally:
             _thread.event_loop = outer
-            self._leave()
+            self._leave(within_s)
 
     def run(self, coroutine: Any) -> None:
         """Run a coroutine to its end, in a copy of this thread's context."""
@@ -4061,7 +4066,7 @@ class _EventLoop:
                 with contextlib.suppress(SystemExit, KeyboardInterrupt):
                     loop.run_forever()
 
-    def _leave(self) -> None:
+    def _leave(self, within_s: float) -> None:
         """Note that a thread runs no more coroutines; after the last, end the loop."""
         with self._lock:
             self._users -= 1
@@ -4072,7 +4077,7 @@ class _EventLoop:
         end.set()
         with contextlib.suppress(RuntimeError):  # it has just ended: see _serve()
             loop.call_soon_threadsafe(loop.stop)
-        thread.join(_LOOP_END_S)
+        thread.join(within_s)
         if thread.is_alive():
             _log.warning("something that a coroutine began does not end: left to run")
 

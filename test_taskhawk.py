@@ -13698,6 +13698,32 @@ class TestCoroutines:
         text = "something that a coroutine began does not end: left to run"
         assert worker_logs(caplog) == [text]
 
+    def test_interrupted_at_once(self, worker_broker, act, monkeypatch):
+        """Control-C does not wait long for a coroutine that won't be cancelled."""
+        monkeypatch.setattr(taskhawk, "_LOOP_END_S", 2 * WORKER_PATIENCE_S)
+        released = threading.Event()
+
+        async def refuse() -> None:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            while not released.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0.01)
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        WORKER_ACTS["refuse"] = refuse
+        worker_broker.put(act, ("refuse",))
+        before = signal.signal(signal.SIGUSR1, interrupt)
+        began = time.monotonic()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                worker_broker.work()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+            released.set()
+        assert time.monotonic() < began + WORKER_PATIENCE_S
+
     def test_interrupted(self, worker_broker, act):
         """The exit of a signal handler in the thread that waits cancels the coroutine."""
         ended = []
