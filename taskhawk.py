@@ -3978,6 +3978,7 @@ def extend_visibility_timeout(
 
 
 _LOOP_END_S = 5  # for what coroutines left behind to end, once it is cancelled
+_LOOP_HURRIED_S = 0.5  # the same after a Ctrl-C that is to end the worker at once
 
 
 class _EventLoop:
@@ -4001,13 +4002,17 @@ class _EventLoop:
         """Run the coroutines of this thread's messages here, inside the block."""
         outer = getattr(_thread, "event_loop", None)  # where a task runs a worker
         _thread.event_loop = self
+        within_s: float = _LOOP_END_S
         with self._lock:
             self._users += 1
         try:
             yield
+        except KeyboardInterrupt:
+            within_s = _LOOP_HURRIED_S
+            raise
         finally:
             _thread.event_loop = outer
-            self._leave()
+            self._leave(within_s)
 
     def run(self, coroutine: Any) -> None:
         """Run a coroutine to its end, in a copy of this thread's context."""
@@ -4063,7 +4068,7 @@ class _EventLoop:
                 with contextlib.suppress(SystemExit, KeyboardInterrupt):
                     loop.run_forever()
 
-    def _leave(self) -> None:
+    def _leave(self, within_s: float) -> None:
         """Note that a thread runs no more coroutines; after the last, end the loop."""
         with self._lock:
             self._users -= 1
@@ -4074,7 +4079,7 @@ class _EventLoop:
         end.set()
         with contextlib.suppress(RuntimeError):  # it has just ended: see _serve()
             loop.call_soon_threadsafe(loop.stop)
-        thread.join(_LOOP_END_S)
+        thread.join(within_s)
         if thread.is_alive():
             _log.warning("something that a coroutine began does not end: left to run")
 
@@ -6848,6 +6853,7 @@ class _Calls:
 # and no record is logged while the lock is held.
 
 _TICK_S = 0.2  # how soon a shutdown_event is seen, and the longest sleep of a thread
+_SPARE_S = 5  # from one look of a spare thread to the next, if it is not woken
 _MAX_CALLS = 6  # at once: at 30 ms a call, they end 2,000 messages a second
 
 
@@ -6891,7 +6897,8 @@ class _Keeper:
     :meth:`run` is the body of _MAX_CALLS threads. Each makes what calls are due, one
     after another. One of those that are left then watches: it waits for what will be
     due. While the only one that is awake makes a call, a spare one is woken to watch if
-    anything is decided meanwhile; else the leases wait for it to be back.
+    anything is decided meanwhile. For leases alone, none is woken: each spare thread
+    looks now and then by itself, in case the call hangs.
 
     :param clock: seconds; leases are measured with it
     :param beat: called after each round of lease extensions that worked
@@ -7002,7 +7009,7 @@ class _Keeper:
     def _wait(self) -> None:
         """Wait until something may be due; called with the lock held."""
         if self._is_watched:
-            self._spare.wait()
+            self._spare.wait(_SPARE_S)
             return
         self._is_watched = True
         now = self._clock()

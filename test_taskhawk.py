@@ -11352,6 +11352,27 @@ class TestKeeper:
         ledger = worker_broker.work(loop_count=2)
         assert ledger == taskhawk.Ledger(received=2, acked=1, retried=1)
 
+    def test_leases_while_a_call_hangs(self, worker_broker, worker_act, monkeypatch):
+        """While the only call under way hangs, leases are extended by another thread."""
+        monkeypatch.setattr(taskhawk, "_SPARE_S", 0.1)
+        extended = threading.Event()
+
+        def hang(real: Any, *_: Any) -> Any:
+            extended.wait(WORKER_PATIENCE_S / 2)
+            return real()
+
+        def extend(real: Any, *_: Any) -> Any:
+            extended.set()
+            return real()
+
+        WORKER_ACTS["wait"] = lambda: extended.wait(WORKER_PATIENCE_S / 2)
+        worker_broker.faults |= {"delete": hang, "change_visibility": extend}
+        worker_broker.put(worker_act, ("run",), ("wait",))
+        options = {"loop_count": 2, "concurrency": 2, "visibility_timeout_s": 3}
+        ledger = worker_broker.work(**options)
+        assert extended.is_set()
+        assert ledger == taskhawk.Ledger(received=2, acked=2)
+
     def test_defect(self, worker_broker, worker_act):
         """An error that ends one thread of the keeper ends the others and the worker."""
         worker_broker.faults["delete"] = worker_raise(SystemExit("a defect"))
@@ -13676,6 +13697,32 @@ class TestCoroutines:
         release.set()
         text = "something that a coroutine began does not end: left to run"
         assert worker_logs(caplog) == [text]
+
+    def test_interrupted_at_once(self, worker_broker, act, monkeypatch):
+        """Control-C does not wait long for a coroutine that won't be cancelled."""
+        monkeypatch.setattr(taskhawk, "_LOOP_END_S", 2 * WORKER_PATIENCE_S)
+        released = threading.Event()
+
+        async def refuse() -> None:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            while not released.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0.01)
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        WORKER_ACTS["refuse"] = refuse
+        worker_broker.put(act, ("refuse",))
+        before = signal.signal(signal.SIGUSR1, interrupt)
+        began = time.monotonic()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                worker_broker.work()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+            released.set()
+        assert time.monotonic() < began + WORKER_PATIENCE_S
 
     def test_interrupted(self, worker_broker, act):
         """The exit of a signal handler in the thread that waits cancels the coroutine."""
