@@ -412,7 +412,7 @@ def run_import(side: str, **_: Any) -> Any:
     """Import in a bare interpreter, and look at what that cost."""
     code = IMPORT.format("botocore.session" if side == "raw" else "taskhawk")
     result = subprocess.run(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, check=True
+        [sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, check=True
     )
     took, modules, rss = result.stdout.split()
     return {"wall_s": float(took), "modules": int(modules), "rss_kb": int(rss)}
