@@ -13540,10 +13540,11 @@ def _play_in_turn(work: Callable[..., Worker]) -> Ledger:
         print(f"{'':29}{customer} is in step again")
 
     print("\ndemo.sync may run once a minute for each customer:")
-    ids = [sync.dispatch("Ann") for _ in range(2)]
+    sync.dispatch_many(["Ann", "Ann"])
     ledger = work(until_empty=False, loop_count=1).run()
-    if cancel(ids[1]):
-        print(f"{'cancelled':15}{sync.name:14}{ids[1]}")
+    later = sync.with_delay(60).dispatch("Bob")
+    if cancel(later):
+        print(f"{'cancelled':15}{sync.name:14}{later}")
 
     @task(name="demo.report", schedule="cron(0 9 ? * MON-FRI *)")
     def report() -> None:

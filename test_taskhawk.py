@@ -22285,7 +22285,9 @@ def readme_normalised(text: str) -> str:
     text = re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "ID", text)
     text = re.sub(r"(?m)^# [0-9a-f]{16} ", "# HASH ", text)
     text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", "TIME", text)
-    text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?Z", "TIME", text)
+    time = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?(Z|\+00:00)"
+    text = re.sub(time, "TIME", text)
+    text = re.sub(r"reached; again in [\d.]+ s", "reached; again in WAIT", text)
     text = re.sub(r"\d+ s ago", "AGE", text)
     text = re.sub(r'"duration_ms": \d+', "DURATION", text)
     text = re.sub(r"/\S*/\w+\.db", "PATH", text)
