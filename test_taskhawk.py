@@ -6342,7 +6342,9 @@ class TestTasks:
     # --- refusals ---
 
     @pytest.mark.parametrize(
-        ("fn", "options", "sentence"), NO_TASKS, ids=[row[2] for row in NO_TASKS]
+        ("fn", "options", "sentence"),
+        NO_TASKS,
+        ids=[re.sub(" at 0x\\w+", "", row[2]) for row in NO_TASKS],
     )
     def test_refused(self, fn, options, sentence):
         """What a message can't call is refused at once; so are wrong options."""
@@ -8823,6 +8825,7 @@ class TestOptions:
                 "time_limit: expected a number of seconds above 0, got '5'",
             ),
         ],
+        ids=["function", "no time", "text"],
     )
     def test_refused(self, mail, options, sentence):
         """A function can't be sent, and a limit is a number of seconds."""
