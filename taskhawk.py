@@ -13543,8 +13543,8 @@ def _play_in_turn(work: Callable[..., Worker]) -> Ledger:
     sync.dispatch_many(["Ann", "Ann"])
     ledger = work(until_empty=False, loop_count=1).run()
     later = sync.with_delay(60).dispatch("Bob")
-    if cancel(later):
-        print(f"{'cancelled':15}{sync.name:14}{later}")
+    cancel(later)
+    print(f"{'cancelled':15}{sync.name:14}{later}")
 
     @task(name="demo.report", schedule="cron(0 9 ? * MON-FRI *)")
     def report() -> None:
