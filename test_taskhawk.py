@@ -65,6 +65,7 @@ from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 import botocore.exceptions
+import botocore.loaders
 import botocore.session
 import botocore.stub
 import botocore.validate
@@ -198,6 +199,16 @@ def server(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def botocore_files() -> Iterator[None]:
+    """Read each of botocore's data files once, as a session of it does, and not in each test."""
+    loader = botocore.loaders.JSONFileLoader
+    read = functools.cache(loader().load_file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "load_file", lambda _, path: read(path))
+        yield
 
 
 @pytest.fixture(scope="session")
