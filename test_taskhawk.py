@@ -12671,6 +12671,7 @@ class TestWorker:
         with pytest.raises(SystemExit, match=r"^a defect$"):
             worker_broker.work(num_messages=40)
 
+    @pytest.mark.slow
     def test_poller_that_cannot_start(self, tmp_path):
         """Where a second poller can't start, the worker goes on with one, and says so once."""
         code = """if True:
@@ -14408,16 +14409,20 @@ class TestSchedules:
     """Thousands of schedules of faults, and in none of them is a message lost."""
 
     @pytest.mark.parametrize(
-        "block", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 5))]
+        "seeds",
+        [
+            pytest.param(range(15), id="few"),
+            pytest.param(range(15, 250), marks=pytest.mark.slow, id="many"),
+        ],
     )
-    def test_nothing_is_lost(self, block, monkeypatch):
+    def test_nothing_is_lost(self, seeds, monkeypatch):
         """Whatever fails, each message runs or is a dead letter, and the ledgers balance."""
         monkeypatch.setattr(
             taskhawk, "_TICK_S", 0.0005
         )  # the clock goes on as it is looked at
         logging.disable(logging.CRITICAL)
         try:
-            for seed in range(block * 50, block * 50 + 50):
+            for seed in seeds:
                 self.run(seed)
         finally:
             logging.disable(logging.NOTSET)
@@ -17122,12 +17127,16 @@ class TestLimits:
         broker._clock = lambda: time.time() * 100  # waits are short, and leases are not
         running, most, runs = [0], [0], []
         guard = threading.Lock()
+        numbers, two = itertools.count(), threading.Barrier(2)
 
         def render(page: int) -> None:
             with guard:
                 running[0] += 1
                 most[0] = max(most[0], running[0])
-            time.sleep(0.005)
+                number = next(numbers)
+            if number < 2:  # both stay until a third was put off
+                two.wait(WORKER_PATIENCE_S)
+                worker_eventually(lambda: sum(w.ledger.postponed for w in workers))
             with guard:
                 running[0] -= 1
             runs.append(page)
@@ -17476,14 +17485,18 @@ class TestChaosOfState:
     """Whatever crashes, no message is lost, and none is run that must not be."""
 
     @pytest.mark.parametrize(
-        "block", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 6))]
+        "seeds",
+        [
+            pytest.param(range(15), id="few"),
+            pytest.param(range(15, 180), marks=pytest.mark.slow, id="many"),
+        ],
     )
-    def test_nothing_is_lost(self, block, monkeypatch):
+    def test_nothing_is_lost(self, seeds, monkeypatch):
         """For each document, the last run that ended saw its last change."""
         monkeypatch.setattr(taskhawk, "_TICK_S", 0.0005)
         logging.disable(logging.CRITICAL)
         try:
-            for seed in range(block * 30, block * 30 + 30):
+            for seed in seeds:
                 self.run(seed, monkeypatch)
         finally:
             logging.disable(logging.NOTSET)
@@ -19027,7 +19040,9 @@ class TestDeadLetters:
         assert receive_all() == []
         assert broker.depth(f"{queue}-DLQ") == Depth(0, 0, 0)
 
-    @pytest.mark.parametrize("place", ["ministack", "sqlite"])
+    @pytest.mark.parametrize(
+        "place", [pytest.param("ministack", marks=pytest.mark.slow), "sqlite"]
+    )
     def test_fifo(  # noqa: PLR0917 - fixtures
         self, request, place, sqs_client, queue_name, capsys, caplog, tmp_path
     ):
@@ -22223,7 +22238,13 @@ class TestVendoring:
         assert (result.returncode, result.stdout, result.stderr) == (1, "", error)
         assert (os.listdir(tmp_path), path.read_bytes()) == (["vendored.py"], before)
 
-    @pytest.mark.parametrize("part", VENDOR_CUTS)
+    @pytest.mark.parametrize(
+        "part",
+        [
+            part if part == "publisher" else pytest.param(part, marks=pytest.mark.slow)
+            for part in VENDOR_CUTS
+        ],
+    )
     def test_cut_works(self, part, tmp_path, capsys):
         """A part imports, exports what it has, dispatches, and runs tasks if it can."""
         path = vendor_package(tmp_path)
