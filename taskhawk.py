@@ -4711,11 +4711,15 @@ def _group_id_of(key: object, what: str) -> str:
     text = str(key)
     if _GROUP_ID.fullmatch(text):
         return text
+    # The name of a customer may be anything, and is no reason to refuse a dispatch.
+    return f"sha256:{_hash(text)}"
+
+
+def _hash(text: str) -> str:
+    """Return 64 characters that stand for a text."""
     import hashlib
 
-    # The name of a customer may be anything, and is no reason to refuse a dispatch.
-    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
-    return f"sha256:{digest}"
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _group_id_of_call(
@@ -5215,6 +5219,10 @@ class _Lane:
         try:
             self._busy.add(me)
             self._add(parcel)
+        except BaseException:  # Control-C: no helper may have been woken
+            parcel.is_left = True
+            self._end(me)
+            raise
         finally:
             self._busy.discard(me)
         try:
@@ -6852,7 +6860,7 @@ class _Calls:
 # It knows holdings, a broker, a clock and a heartbeat, and no worker. No call is made
 # and no record is logged while the lock is held.
 
-_TICK_S = 0.2  # how soon a shutdown_event is seen, and the longest sleep of a thread
+_TICK_S = 0.2  # how soon a shutdown_event, or a lease that has ended, is seen
 _SPARE_S = 5  # from one look of a spare thread to the next, if it is not woken
 _MAX_CALLS = 6  # at once: at 30 ms a call, they end 2,000 messages a second
 
@@ -7057,10 +7065,11 @@ class _Keeper:
 
 
 # --- 16. the worker -------------------------------------------------------------------
-# Every thread of this file that outlives a call: pollers receive, slots run tasks (the
-# calling thread is one of them), one keeper changes messages on the queue, one heart
-# calls the heartbeat hook, one watch sees the signals and the grace. One lock guards
-# holdings, polls, phase and counts; _Course.move_on() alone moves the phase.
+# Every thread of a worker: pollers receive, slots run tasks (the calling thread is one
+# of them), the keeper's change messages on the queue, one heart calls the heartbeat
+# hook, one watch sees the signals and the grace, one loop runs coroutines, and later
+# parts add those of _beside_workers. One lock guards holdings, polls, phase and counts;
+# _Course.move_on() alone moves the phase.
 
 _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
@@ -9661,13 +9670,6 @@ class _Claims(typing.Protocol):
     def start(
         self, key: str, message_id: str, sent_ms: int, started_ms: int
     ) -> bool: ...
-
-
-def _hash(text: str) -> str:
-    """Return 64 characters that stand for a text."""
-    import hashlib
-
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _find_claims() -> _Claims:

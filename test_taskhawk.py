@@ -1365,11 +1365,11 @@ class TestHouse:
         assert taskhawk.__doc__.endswith(f"\n\n{guide}"), f"\n{guide}"
 
     def test_what_to_read(self):
-        """No promise takes more than 400 statements, those about hostile input 120."""
+        """No promise takes more than 370 statements, those about hostile input 120."""
         sizes = house_promises()
         listed = re.findall(r"(?m)^    (\d)\. ", taskhawk.__doc__)
         assert [*map(int, listed)] == [*sizes]
-        assert max(sizes.values()) <= 400, sizes
+        assert max(sizes.values()) <= 370, sizes
         assert max(sizes[3], sizes[4]) < 120, sizes
 
     def test_nothing_is_evaluated(self):
@@ -8655,6 +8655,23 @@ class TestDispatchAsync:
         dispatches.send("1")
         assert dispatches.ends == {"1": "sent"}
 
+    def test_interrupted(self, patience, monkeypatch):
+        """Where Ctrl-C comes, at any line, the next dispatch does not wait for another."""
+        monkeypatch.setattr(taskhawk, "_HELPER_IDLE_S", 0.001)
+        for line in range(1, 100):
+            dispatches = Dispatches(SharedSender())
+            # As after a call that was shared: others are likely to come at once.
+            dispatches.lane._sharing._expected = 9
+            dispatches.lane._sharing._gather_until = time.monotonic() + 0.03
+            fault = Fault(line)
+            with contextlib.suppress(KeyboardInterrupt), traced(fault):
+                asyncio.run(dispatches.lane.send_async(dispatches.ready("0")))
+            dispatches.start("1")
+            assert dispatches.wait() == {"1": "sent"}, line
+            if fault.left > 0:  # there is no such line
+                break
+        assert line > 5
+
     def test_reentered(self):
         """A loop that a signal handler runs inside a dispatch waits for no other."""
         dispatches = Dispatches(SharedSender())
@@ -14412,7 +14429,7 @@ class TestSchedules:
         "seeds",
         [
             pytest.param(range(15), id="few"),
-            pytest.param(range(15, 250), marks=pytest.mark.slow, id="many"),
+            pytest.param(range(15, 450), marks=pytest.mark.slow, id="many"),
         ],
     )
     def test_nothing_is_lost(self, seeds, monkeypatch):
