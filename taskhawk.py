@@ -12987,6 +12987,7 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
         yield from _check_deduplication(broker, queue, tasks)
     if isinstance(broker, SqsBroker) and info.dead_letter_queue:
         yield from _check_attributes(broker, queue, info.dead_letter_queue)
+        yield from _check_undelivered(broker, queue)
 
 
 def _tasks_by_name() -> list[Task[..., Any]]:
@@ -13058,6 +13059,19 @@ def _check_deduplication(
             f"{queue}: it has no content-based deduplication",
             "it refuses what schedules send, and no dead-letter queue gets that",
             f"set {name} of {queue} to true",
+        )
+
+
+def _check_undelivered(broker: SqsBroker, queue: str) -> Iterator[_Finding]:
+    """Look whether what a schedule can't deliver has the queue that it is sent to."""
+    if settings.TASKHAWK_SCHEDULER_ROLE is None or _is_fifo(queue):
+        return
+    wanted = _dead_letter_name(queue)
+    if _unless(_ABSENT, broker.info, wanted) is None:
+        yield _error(
+            f"{wanted}: no such queue",
+            f"a message that a schedule can't deliver to {queue} for a day is lost",
+            "make it, though the RedrivePolicy names another",
         )
 
 

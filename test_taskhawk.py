@@ -20555,6 +20555,29 @@ class TestCheck:
         found = [f"{gone}. {make}", bulk, "2 found"]
         assert check(capsys, "--priority=default", "--priority=bulk") == (1, found)
 
+    def test_undelivered(self, ministack, sqs_client, queue_name, capsys):
+        """What a schedule can't deliver needs the queue that it is sent to."""
+        client, name = sqs_client(ministack), f"TASKHAWK-{queue_name}"
+        other = client.create_queue(QueueName=f"{name}-LETTERS")["QueueUrl"]
+        set_attributes(client, f"{name}-LETTERS", MessageRetentionPeriod="1209600")
+        arn = f"arn:aws:sqs:us-east-1:000000000000:{other.rpartition('/')[2]}"
+        policy = {"deadLetterTargetArn": arn, "maxReceiveCount": 5}
+        client.create_queue(
+            QueueName=name, Attributes={"RedrivePolicy": json.dumps(policy)}
+        )
+        configure_aws(ministack, queue_name)
+        lost = (
+            f"error: {name}-DLQ: no such queue: a message that a schedule can't deliver"
+            f" to {name} for a day is lost. Fix: make it, though the RedrivePolicy names"
+            " another"
+        )
+        assert lost not in check(capsys, "--priority=default")[1]
+        role = "arn:aws:iam::000000000000:role/taskhawk"
+        configure_aws(ministack, queue_name, TASKHAWK_SCHEDULER_ROLE=role)
+        assert lost in check(capsys, "--priority=default")[1]
+        client.create_queue(QueueName=f"{name}-DLQ")
+        assert lost not in check(capsys, "--priority=default")[1]
+
     def test_kept_for_long(self, ministack, sqs_client, queue_name, capsys):
         """Where provisioning would not mend it, the remedy is another."""
         client, name = sqs_client(ministack), f"TASKHAWK-{queue_name}"
