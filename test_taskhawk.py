@@ -8672,6 +8672,25 @@ class TestDispatchAsync:
                 break
         assert line > 5
 
+    def test_interrupted_before_a_helper_wakes(self, patience, monkeypatch):
+        """Where Ctrl-C comes once a coroutine's message waits, it is left out."""
+        dispatches = Dispatches(SharedSender())
+        wake, woken = dispatches.lane._wake, []
+
+        def interrupted() -> None:
+            woken.append(True)
+            if len(woken) == 1:
+                raise KeyboardInterrupt
+            wake()
+
+        monkeypatch.setattr(dispatches.lane, "_wake", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(dispatches.lane.send_async(dispatches.ready("0")))
+        assert len(woken) == 2  # a helper looks after those that came meanwhile
+        dispatches.start("1")
+        assert dispatches.wait() == {"1": "sent"}
+        assert dispatches.sender.calls == [["1"]]
+
     def test_reentered(self):
         """A loop that a signal handler runs inside a dispatch waits for no other."""
         dispatches = Dispatches(SharedSender())
