@@ -211,6 +211,29 @@ def botocore_files() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def control_c() -> Iterator[None]:
+    """Let SIGINT act as in a terminal: a shell's background jobs begin with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+class EncodableFormatter(logging.Formatter):
+    """Formats records so that each text can leave the process, surrogates included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Escape what UTF-8 can't encode."""
+        return super().format(record).encode(errors="backslashreplace").decode()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def encodable_reports(pytestconfig: pytest.Config) -> None:
+    """Let a process that runs a part of the tests report what they logged to another."""
+    handler = pytestconfig.pluginmanager.get_plugin("logging-plugin").report_handler
+    handler.setFormatter(EncodableFormatter(handler.formatter._fmt))
+
+
 @pytest.fixture(scope="session")
 def ministack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Yield the URL of a ministack server: fast, with long polls, FIFO queues, SNS, Scheduler."""
@@ -12321,9 +12344,12 @@ class TestWorker:
         """A queue is listened to until the others are empty too, delayed messages included."""
         looked = threading.Event()
 
-        def slow() -> None:
-            assert looked.wait(WORKER_PATIENCE_S)
-            worker_broker.put(worker_act, ("run",), queue="HIGH")
+        def receive(real: Any, queue: str, *_: Any) -> Any:
+            if (
+                queue == "LOW"
+            ):  # once it runs, the slot is taken, and nothing is received
+                assert looked.wait(WORKER_PATIENCE_S)
+            return real()
 
         def look(real: Any, queue: str) -> taskhawk.Depth:
             found = real()
@@ -12331,8 +12357,10 @@ class TestWorker:
                 looked.set()
             return found
 
-        WORKER_ACTS["slow"] = slow
-        worker_broker.faults["depth"] = look
+        WORKER_ACTS["slow"] = lambda: worker_broker.put(
+            worker_act, ("run",), queue="HIGH"
+        )
+        worker_broker.faults.update(receive=receive, depth=look)
         worker_broker.put(worker_act, ("slow",), queue="LOW")
         assert worker_broker.work("HIGH", "LOW") == taskhawk.Ledger(2, 2)
 
@@ -12646,12 +12674,13 @@ class TestWorker:
     @pytest.mark.parametrize("fails", [False, True])
     def test_stopped_with_pollers(self, worker_broker, worker_act, fails):
         """Told to stop, a worker waits out all its receives, and releases what they bring."""
-        stop, numbers = threading.Event(), itertools.count(1)
+        stop, held, numbers = threading.Event(), threading.Event(), itertools.count(1)
         three = threading.Barrier(3, stop.set)
 
         def receive(real: Any, *_: Any) -> Any:
             number = next(numbers)
             if number > 1:
+                held.wait(WORKER_PATIENCE_S)
                 three.wait(WORKER_PATIENCE_S)
                 # Time enough for a keeper that releases too early.
                 made = functools.partial(worker_broker.made, "change_visibility")
@@ -12660,8 +12689,12 @@ class TestWorker:
                 raise OSError("reset")
             return real()
 
+        def hold() -> None:
+            held.set()
+            stop.wait(WORKER_PATIENCE_S)
+
         worker_broker.faults["receive"] = receive
-        WORKER_ACTS["hold"] = lambda: stop.wait(WORKER_PATIENCE_S)
+        WORKER_ACTS["hold"] = hold
         worker_broker.put(worker_act, *[("hold",)] * 40)
         options = {"shutdown_event": stop, "until_empty": False, "num_messages": 40}
         ledger = worker_broker.work(**options)
