@@ -5367,8 +5367,10 @@ def fork_in_c() -> int:
     """Fork as uWSGI does, so that Python does not see it.
 
     Nobody may wait for the GIL meanwhile: a child that is asked to give it up waits for
-    ever for a thread that it does not have.
+    ever for a thread that it does not have. Nor may a thread that has ended be garbage:
+    from Python 3.13 on, a child that collects it crashes.
     """
+    gc.collect()
     interval_s = sys.getswitchinterval()
     sys.setswitchinterval(60)
     time.sleep(0.05)  # those that wait give up their turn, and ask again in a minute
