@@ -8299,7 +8299,7 @@ class Worker:
         runs = len(self._course.still_run())
         text = f"stopping: waiting for polls in flight: {polls}, running tasks: {runs}"
         if self._signals.has_interrupt:
-            text += "; Ctrl-C again ends at once"
+            text += "; a second Ctrl-C ends at once"
         _log.info("%s", text)
 
     def _give_up(self, flush_s: float) -> None:

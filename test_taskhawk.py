@@ -13004,7 +13004,7 @@ class TestWorker:
         assert worker_any.depth(queue) == (9, 0, 0)
         assert worker_logs(caplog, logging.INFO)[0] == (
             "stopping: waiting for polls in flight: 0, running tasks: 1"
-            "; Ctrl-C again ends at once"
+            "; a second Ctrl-C ends at once"
         )
 
     @pytest.mark.parametrize(
@@ -13465,7 +13465,7 @@ class TestWorker:
         lines = re.sub(MESSAGE_ID, "ID", errors).splitlines()
         assert lines[-2].endswith(
             "stopping: waiting for polls in flight: 0, running tasks: 1"
-            "; Ctrl-C again ends at once"
+            "; a second Ctrl-C ends at once"
         )
         over = "the grace is over, and jobs.in_c ID (message ID) still runs"
         assert lines[-1].endswith(over)
