@@ -8299,7 +8299,7 @@ class Worker:
         runs = len(self._course.still_run())
         text = f"stopping: waiting for polls in flight: {polls}, running tasks: {runs}"
         if self._signals.has_interrupt:
-            text += "; Ctrl-C again ends at once"
+            text += "; a second Ctrl-C ends at once"
         _log.info("%s", text)
 
     def _give_up(self, flush_s: float) -> None:
@@ -9684,9 +9684,9 @@ def _find_claims() -> _Claims:
     if table is None:
         example = _SETTINGS["TASKHAWK_CLAIMS_TABLE"].example
         raise ConfigurationError(
-            "TASKHAWK_CLAIMS_TABLE is not set: on SQS, once, unique and limit need a"
-            f" DynamoDB table: set its name, such as {example!r}, and run python -m"
-            " taskhawk provision"
+            "TASKHAWK_CLAIMS_TABLE is not set: on SQS, once, unique, limit, pauses and"
+            f" --max-workers need a DynamoDB table: set its name, such as {example!r},"
+            " and run python -m taskhawk provision"
         )
     return typing.cast("_Claims", _brokers.get(f"dynamodb:{table}"))
 
@@ -10418,6 +10418,7 @@ def _begin_keeping(
     """Have a worker keep its places, also while all that it may run is running."""
     if worker.max_workers is None:
         return None
+    _find_claims()  # else the worker would look for a place for ever
     gate = _gate_of.setdefault(worker, _Gate(worker))
     return functools.partial(gate.keep, stop)
 

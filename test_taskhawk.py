@@ -13039,7 +13039,7 @@ class TestWorker:
         assert worker_any.depth(queue) == (9, 0, 0)
         assert worker_logs(caplog, logging.INFO)[0] == (
             "stopping: waiting for polls in flight: 0, running tasks: 1"
-            "; Ctrl-C again ends at once"
+            "; a second Ctrl-C ends at once"
         )
 
     @pytest.mark.parametrize(
@@ -13500,7 +13500,7 @@ class TestWorker:
         lines = re.sub(MESSAGE_ID, "ID", errors).splitlines()
         assert lines[-2].endswith(
             "stopping: waiting for polls in flight: 0, running tasks: 1"
-            "; Ctrl-C again ends at once"
+            "; a second Ctrl-C ends at once"
         )
         over = "the grace is over, and jobs.in_c ID (message ID) still runs"
         assert lines[-1].endswith(over)
@@ -16290,8 +16290,9 @@ class TestLambda:
 
 CLAIMS_TABLE = "taskhawk-claims"
 NO_TABLE = (
-    "TASKHAWK_CLAIMS_TABLE is not set: on SQS, once, unique and limit need a DynamoDB"
-    " table: set its name, such as 'taskhawk-claims', and run python -m taskhawk provision"
+    "TASKHAWK_CLAIMS_TABLE is not set: on SQS, once, unique, limit, pauses and"
+    " --max-workers need a DynamoDB table: set its name, such as 'taskhawk-claims', and"
+    " run python -m taskhawk provision"
 )
 
 
@@ -17496,15 +17497,14 @@ class TestPauses:
         assert taskhawk._begin_keeping(taskhawk.Worker(broker, ["Q"]), NEVER) is None
 
     def test_no_table(self, aws):
-        """Without a table, a worker looks nowhere; a pause says what is missing."""
+        """Without a table, no worker looks; what needs one says what is missing."""
         assert not taskhawk.is_paused(Priority.default)
         assert refused(taskhawk.pause, Priority.default) == NO_TABLE
-        assert (
-            taskhawk.Worker(
-                taskhawk._brokers.broker(), ["Q"], loop_count=1, wait_s=0
-            ).run()
-            == taskhawk.Ledger()
-        )
+        broker = taskhawk._brokers.broker()
+        worker = taskhawk.Worker(broker, ["Q"], loop_count=1, wait_s=0)
+        assert worker.run() == taskhawk.Ledger()
+        worker = taskhawk.Worker(broker, ["Q"], loop_count=1, max_workers=1)
+        assert refused(worker.run) == NO_TABLE  # it could never receive
         assert "UpdateItem" not in aws.actions
 
     def test_commands(self, tmp_path, capsys):
