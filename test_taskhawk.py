@@ -22855,7 +22855,7 @@ class TestReadme:
         text = project_file("README.md").read_text()
         assert "\n```python\nimport taskhawk\n" in "\n".join(text.splitlines()[:20])
         assert "\npip install . && python -m taskhawk demo\n" in text
-        assert "\npip install '.[test]' && pytest\n" in text
+        assert "\npip install '.[test]' && pytest -n 2\n" in text
 
     def test_links_resolve(self):
         """Each link leads to a heading of the page, a file of the project, or a web address."""
