@@ -12984,6 +12984,8 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
         yield _error(f"{queue}: it has no dead-letter queue", _NEVER_GIVEN_UP)
     else:
         yield from _check_receives(queue, info.max_receive_count, tasks)
+    if _is_fifo(queue):
+        yield from _check_limits(queue, tasks)
     if isinstance(broker, SqsBroker) and _is_fifo(queue):
         yield from _check_deduplication(broker, queue, tasks)
     if isinstance(broker, SqsBroker) and info.dead_letter_queue:
@@ -13039,6 +13041,18 @@ def _check_receives(
             "a few crashes or releases make a dead letter of a good message",
             _raise_receives(_FEW_RECEIVES),
         )
+
+
+def _check_limits(queue: str, tasks: Iterable[Task[..., Any]]) -> Iterator[_Finding]:
+    """Look for limits on a FIFO queue, where each look for a place is a receive."""
+    for task in tasks:
+        if task.options.get("limit"):
+            yield _warning(
+                f"{queue}: {task.name} has a limit",
+                "a message of a FIFO queue that finds no place for some minutes becomes"
+                " a dead letter without being run",
+                "give it a group in place of the limit",
+            )
 
 
 def _raise_receives(receives: int) -> str:

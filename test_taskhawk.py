@@ -20632,6 +20632,22 @@ class TestCheck:
         client.create_queue(QueueName=f"{name}-DLQ")
         assert lost not in check(capsys, "--priority=default")[1]
 
+    @pytest.mark.parametrize("is_fifo", [False, True])
+    def test_limit_on_fifo(self, tmp_path, capsys, is_fifo):
+        """A FIFO queue counts each look for a place as a receive, other queues do not."""
+        taskhawk.configure(
+            TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db", TASKHAWK_FIFO=is_fifo
+        )
+        limit = taskhawk.limit(1)
+        taskhawk.task(name="bill", limit=limit, time_limit=20)(plain)
+        warning = (
+            "warning: TASKHAWK-DEFAULT.fifo: bill has a limit: a message of a FIFO queue"
+            " that finds no place for some minutes becomes a dead letter without being"
+            " run. Fix: give it a group in place of the limit"
+        )
+        found = [warning, "1 found"] if is_fifo else ["nothing is wrong"]
+        assert check(capsys) == (0, found)
+
     def test_kept_for_long(self, ministack, sqs_client, queue_name, capsys):
         """Where provisioning would not mend it, the remedy is another."""
         client, name = sqs_client(ministack), f"TASKHAWK-{queue_name}"
