@@ -8160,6 +8160,21 @@ class TestSharing:
         assert sum(aws.batches) == 160
         assert len(aws.batches) <= 80  # 25 on a machine that does nothing else
 
+    @pytest.mark.parametrize(
+        ("took_s", "pause_s"),
+        [(0.001, 0.0002), (0.005, 0.001), (0.02, 0.002), (0.1, 0.002)],
+    )
+    def test_gathering(self, took_s, pause_s):
+        """After a shared call, others have a fifth of its time to come; at most 2 ms."""
+        sharing = taskhawk._Sharing(1000, 1)
+        first, second, third = (taskhawk._Parcel(Outgoing("x", {})) for _ in range(3))
+        assert sharing.enter(1, first, 100)
+        sharing.add(second, 100)
+        sharing.end(1, 100 + took_s)
+        assert sharing.due_at() == pytest.approx(100 + took_s + pause_s)
+        sharing.add(third, 100 + took_s)  # as many as are likely to come
+        assert sharing.is_due(100 + took_s)
+
     def test_size(self, patience):
         """A call has no more bytes than the service takes, and is full with them."""
         sender = SharedSender()
@@ -8581,6 +8596,18 @@ class TestDispatchAsync:
                 slow_aws.calls.clear()
 
         asyncio.run(dispatch())
+
+    def test_logged(self, aws, mail, caplog):
+        """Each message that was accepted is logged, whatever it went with."""
+        caplog.set_level(logging.DEBUG, "taskhawk")
+
+        async def dispatch() -> None:
+            await asyncio.gather(*map(mail.dispatch_async, range(10)))
+
+        asyncio.run(dispatch())
+        records = [r for r in caplog.records if r.getMessage() == "Sent message"]
+        assert sent_texts(r.message_body for r in records) == [*range(10)]
+        assert max(aws.batches) > 1
 
     @pytest.mark.parametrize(
         ("answers", "error"),
