@@ -14346,12 +14346,16 @@ def _first_line(text: str) -> str:
     return text.partition("\n")[0]
 
 
+def _in_a_line(text: str) -> str:
+    """Replace line breaks: a message could write a line that looks like one of ours."""
+    return text.replace("\n", "?")
+
+
 def _as_line(letter: DeadLetter) -> str:
     """Return a dead letter in one line."""
     name = letter.id or letter.message_id
     reason = _first_line(letter.cause)
-    line = f"{name}  {letter.task}  {letter.age_s} s ago  {reason}"
-    return line.replace("\n", "?")
+    return _in_a_line(f"{name}  {letter.task}  {letter.age_s} s ago  {reason}")
 
 
 def _as_page(letter: DeadLetter) -> str:
@@ -14362,8 +14366,9 @@ def _as_page(letter: DeadLetter) -> str:
         values["body"] = ascii(letter.received.body)
     if letter.record:
         values |= {f"error {name}": value for name, value in letter.record.items()}
-    lines = [f"{key}: {value}\n" for key, value in values.items() if value is not None]
-    return "".join(lines)
+    lines = [f"{key}: {value}" for key, value in values.items() if value is not None]
+    # What follows a line break in a message is not to look like a line of ours.
+    return "".join(line.rstrip().replace("\n", "\n    ") + "\n" for line in lines)
 
 
 def _as_json(letter: DeadLetter) -> str:
@@ -14501,13 +14506,14 @@ def _words_of(arguments: Any, task: str, error: str) -> str:
 
 def _group_as_page(values: Mapping[str, Any]) -> str:
     """Return a group for people."""
-    return (
-        f"{values['count']}  {values['task']}  {values['error']}\n"
-        f"    from {values['oldest']} to {values['newest']}\n"
-        f"    the newest: {values['example']}\n"
-        f"    {values['list']}\n"
-        f"    {values['requeue']}\n"
+    lines = (
+        f"{values['count']}  {values['task']}  {values['error']}",
+        f"    from {values['oldest']} to {values['newest']}",
+        f"    the newest: {values['example']}",
+        f"    {values['list']}",
+        f"    {values['requeue']}",
     )
+    return "".join(f"{_in_a_line(line)}\n" for line in lines)
 
 
 _YES = _flag("--yes", "do not ask, in a terminal, before more than one is meant")

@@ -19804,6 +19804,25 @@ class TestDeadLetterCommands:
         (line,) = letters("list", "--task", task)
         assert f"  {shown}  " in line
 
+    def test_forged(self, letters):
+        """No line break of a message's makes a line that looks like one of ours."""
+        forged = "x\nid: y\n    python -m taskhawk dead-letters delete --all"
+        names = ["type", "message", "traceback", f"worker\n{forged}"]
+        letters.put({"task": forged, "id": "i"}, dict.fromkeys(names, forged))
+        group = letters("summary", "--task", "x*")
+        assert [line[:18] for line in group] == [
+            "1  x?id: y?    pyt",
+            f"    from {group[1][9:18]}",
+            "    the newest: x",
+            "    python -m task",
+            "    python -m task",
+            "",
+            "1 dead letters",
+        ]
+        assert " list --error 'x?id: y?  " in group[3]
+        lines = letters("show", "i")
+        assert [line for line in lines if line.startswith("id: ")] == ["id: i"]
+
     def test_clock_behind(self):
         """A dead letter of a clock that is ahead of ours has no age."""
         sent_ms = {"SentTimestamp": str(round((time.time() + 5) * 1000))}
