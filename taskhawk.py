@@ -11640,7 +11640,7 @@ class _LetterFilter:
     """Says which dead letters are meant: those that fit every field."""
 
     task: str = "*"  # a pattern, as the shell's
-    error: str = ""  # a part of its cause
+    errors: tuple[str, ...] = ()  # parts of its cause
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     oldest_s: float = math.inf
     newest_s: float = 0
@@ -11652,7 +11652,7 @@ class _LetterFilter:
 
         if not fnmatch.fnmatchcase(letter.task or "", self.task):
             return False
-        if self.error not in letter.cause:
+        if not all(text in letter.cause for text in self.errors):
             return False
         if not self.newest_s <= letter.age_s <= self.oldest_s:
             return False
@@ -11884,7 +11884,7 @@ def dead_letters(
     """
     _require_priority(priority)
     headers = {name: str(value) for name, value in (header or {}).items()}
-    wanted = _LetterFilter(task, error, headers, newer_than_s, older_than_s)
+    wanted = _LetterFilter(task, (error,), headers, newer_than_s, older_than_s)
     scan = _Scan(priority, "looking at", "looked at", wanted, say=_log.debug)
     return _letters_of(scan)
 
@@ -14223,10 +14223,9 @@ _LETTERS = (
         default="*",
         metavar="NAME",
     ),
-    _option(
+    _many(
         "--error",
         "only those with this text in their error, or in what is said in its place",
-        default="",
         metavar="TEXT",
     ),
     _many("--header", "only those with this header", type=_pair, metavar="K=V"),
@@ -14277,7 +14276,7 @@ def _filter_of(arguments: Any) -> _LetterFilter:
     """Return the filter that the options of a command ask for."""
     return _LetterFilter(
         task=arguments.task,
-        error=arguments.error,
+        errors=tuple(filter(None, arguments.error)),
         headers=dict(arguments.header),
         newest_s=arguments.older_than,
         oldest_s=arguments.newer_than,
@@ -14422,10 +14421,12 @@ class _Group:
         self.count = 1
         self.oldest = self.newest = first.sent
         self.example = _first_line(first.cause)  # of the newest
+        self.ids = {first.id, first.message_id}
 
     def add(self, letter: DeadLetter) -> None:
         """Count one more."""
         self.count += 1
+        self.ids |= {letter.id, letter.message_id}
         self.oldest = min(self.oldest, letter.sent)
         if letter.sent >= self.newest:
             self.newest = letter.sent
@@ -14470,7 +14471,8 @@ def _group_as_dict(
     arguments: Any, task: str, error: str, group: _Group
 ) -> dict[str, Any]:
     """Return what is known of a group, with the commands that deal with it."""
-    words = _words_of(arguments, task, error)
+    ids = [name for name in arguments.ids if name in group.ids]
+    words = _words_of(arguments, task, error, ids)
     return {
         "task": task or None,
         "error": error.removesuffix(": "),
@@ -14483,12 +14485,14 @@ def _group_as_dict(
     }
 
 
-def _words_of(arguments: Any, task: str, error: str) -> str:
+def _words_of(arguments: Any, task: str, error: str, ids: Iterable[str]) -> str:
     """Return the options that mean a group: its own, and those of the summary."""
     import glob
     import shlex
 
-    words = ["--error", error]
+    words: list[str] = []
+    for text in (*arguments.error, error):
+        words += ["--error", text]
     if task:
         words += ["--task", glob.escape(task)]
     if arguments.priority != "default":
@@ -14499,6 +14503,8 @@ def _words_of(arguments: Any, task: str, error: str) -> str:
         words += ["--older-than", f"{arguments.older_than:.0f}s"]
     if arguments.newer_than < math.inf:
         words += ["--newer-than", f"{arguments.newer_than:.0f}s"]
+    for message_id in ids:
+        words += ["--id", message_id]
     for module in arguments.modules:
         words += ["--module", module]
     return "".join(f" {shlex.quote(word)}" for word in words)

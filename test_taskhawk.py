@@ -19564,6 +19564,8 @@ class TestDeadLetterCommands:
             ("--limit 0", []),
             ("--id ID", [0]),
             ("--error moved", [1]),
+            ("--error amount --error Value", [0]),
+            ("--error amount --error moved", []),
         ],
     )
     def test_filters(self, letters, arguments, found):
@@ -19683,6 +19685,28 @@ class TestDeadLetterCommands:
         )
         assert len(letters(*shlex.split(group["list"])[4:])) == 1
 
+    @pytest.mark.parametrize(
+        ("words", "counts"),
+        [
+            (["--error", "bill 7"], [1]),
+            (["--error", "bill", "--error", "7"], [1]),
+            (["--id", "b8", "--id", "b9"], [2]),
+            (["--id", "b7", "--id", "k"], [1, 1]),
+        ],
+        ids=str,
+    )
+    def test_summary_of_some(self, letters, words, counts):
+        """Nor do they mean more of the same task and error than the summary counts."""
+        for bill in (7, 8, 9):
+            error = ERROR_RECORD | {"message": f"no amount in bill {bill}"}
+            letters.put({"id": f"b{bill}"}, error)
+        letters.put({"id": "k"}, ERROR_RECORD | {"type": "KeyError"})
+        groups = json.loads("\n".join(letters("summary", "--json", *words)))
+        assert [group["count"] for group in groups] == counts
+        for group in groups:
+            sent = letters(*shlex.split(group["requeue"])[4:])
+            assert sent == [f"sent back: {group['count']}"]
+
     def test_summary_of_a_priority(self, tmp_path, capsys):
         """They name the queue, if it is not the default one."""
         taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
@@ -19728,6 +19752,7 @@ class TestDeadLetterCommands:
             "taskhawk: delete: expected a filter, or --all for every one",
         )
         assert command_error(capsys, "dead-letters", "delete", "--a")[0] == 2
+        assert command_error(capsys, "dead-letters", "delete", "--error", "")[0] == 2
         assert letters.depths() == (0, Depth(3, 0, 0))
 
     @pytest.mark.parametrize("command", ["list", "show", "requeue", "delete"])
