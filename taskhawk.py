@@ -13367,6 +13367,8 @@ _QUEUE_COMMANDS = (
     "listen",
     "dispatch",
     "cancel",
+    "pause",
+    "resume",
     "stats",
     "provision",
     "dead-letters",
