@@ -13505,8 +13505,17 @@ def _demo(_arguments: Any) -> bool:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
-        url = f"sqlite:///{folder}/queue.db"
-        configure(TASKHAWK_BROKER=url, TASKHAWK_SYNC=False, IS_LAMBDA_APP=False)
+        # Nothing is left of what an application has set up.
+        hooks = [name for name in _SETTINGS if _SETTINGS[name].rule is _HOOK]
+        configure(
+            dict.fromkeys(hooks, _do_nothing),
+            TASKHAWK_BROKER=f"sqlite:///{folder}/queue.db",
+            TASKHAWK_QUEUE="demo",
+            TASKHAWK_FIFO=False,
+            TASKHAWK_SYNC=False,
+            TASKHAWK_TASK_CLASS=Task,
+            IS_LAMBDA_APP=False,
+        )
         undo.callback(configure)
         logging.disable()  # what it says is printed below
         undo.callback(logging.disable, logging.NOTSET)

@@ -21426,7 +21426,11 @@ class TestCommandLine:
     @pytest.mark.slow
     def test_demo(self, commands):
         """Whatever is set, the demo shows a run, a retry, a dead letter's return."""
-        commands.env |= {"TASKHAWK_SYNC": "true", "IS_LAMBDA_APP": "true"}
+        flags = ["TASKHAWK_SYNC", "TASKHAWK_FIFO", "IS_LAMBDA_APP"]
+        hooks = re.findall(r"TASKHAWK_\w+_HOOK", " ".join(taskhawk._SETTINGS))
+        others = ["TASKHAWK_DEFAULT_HEADERS", "TASKHAWK_TASK_CLASS", "TASKHAWK_RETRY"]
+        commands.env |= dict.fromkeys(flags, "true") | {"TASKHAWK_QUEUE": "no name"}
+        commands.env |= dict.fromkeys([*hooks, *others], "nowhere.hook")
         result = commands("demo")
         assert result.stderr == ""
         shown = re.sub(MESSAGE_ID, "ID", result.stdout)
