@@ -14177,8 +14177,7 @@ def _provision(arguments: Any) -> None:
     if settings.TASKHAWK_BROKER != "sqs":
         _provision_file(arguments)
         return
-    if arguments.function and not settings.IS_LAMBDA_APP:
-        raise ConfigurationError("--lambda: expected IS_LAMBDA_APP to be set")
+    _check_provision(arguments)
     resources: list[_Resource] = []
     for priority in _priorities(arguments.priority or _PRIORITIES):
         resources += _resources(
@@ -14198,6 +14197,14 @@ def _provision(arguments: Any) -> None:
     for resource in resources:
         print(_provide(resource, dry_run=arguments.dry_run))
     _prune(prune=arguments.prune and not arguments.dry_run)
+
+
+def _check_provision(arguments: Any) -> None:
+    """Refuse options that can't be meant, before anything is made."""
+    if arguments.function and not settings.IS_LAMBDA_APP:
+        raise ConfigurationError("--lambda: expected IS_LAMBDA_APP to be set")
+    if arguments.prune:  # without a task, it would delete all schedules
+        _require_tasks("provision --prune", arguments.modules)
 
 
 def _prune(*, prune: bool) -> None:

@@ -20895,6 +20895,16 @@ class TestProvisionSchedules:
         assert provision(capsys)[-1] == kept
         assert provision(capsys, "--prune", "--dry-run")[-1] == kept
         assert provision(capsys, "--prune")[-1] == "schedule task.app.count: deleted"
+        audit = dict(taskhawk._registry)
+        taskhawk._registry.clear()
+        assert command_error(capsys, "provision", "--prune") == (
+            2,
+            (
+                "taskhawk: provision --prune: no task is registered: name the modules"
+                " that define them, such as myapp.tasks"
+            ),
+        )
+        taskhawk._registry.update(audit)
         names = scheduled.list_schedules(GroupName=group)["Schedules"]
         assert {found["Name"] for found in names} >= {"task.app.audit", waiting}
         assert taskhawk.cancel(waiting)
