@@ -11712,6 +11712,7 @@ class _Scan:
         self._failed: dict[str, str] = {}  # why one could not be, by its message id
         self._hidden: dict[str, str] = {}  # receipt handles, by message id
         self._seen: set[str] = set()
+        self._has_begun = False
 
     def __enter__(self) -> typing.Self:
         return self
@@ -11728,6 +11729,7 @@ class _Scan:
         the next scan: it may be what was sent back.
         """
         total = self.total()
+        self._has_begun = True
         self.say("%s about %d messages from %s", self.doing, total, self.source)
         total = max(total, 1)  # the count is approximate: look at least once
         while len(self._seen) < total and self.matched < self.limit:
@@ -11835,8 +11837,8 @@ class _Scan:
             reason = next(iter(refused.values())).text
             text = "%d of %d dead letters looked at stay hidden for a while: %s"
             _log.warning(text, len(refused), len(changes), reason)
-        if kind:
-            text = "stopped: up to %d more messages may have been %s"
+        if kind and self._has_begun:
+            text = "stopped: up to %d more messages may have been %s or be hidden"
             self.say(text, _MAX_BATCH, self.done)
 
     def count(self) -> int:
@@ -14314,9 +14316,19 @@ def _scan_for(arguments: Any, doing: str, done: str) -> Iterator[_Scan]:
     )
     if _is_terminal(sys.stderr):
         scan.say = _rewrite_line
-    with _interruptible(), scan:
-        yield scan
+    try:
+        with _interruptible(), scan:
+            yield scan
+    except BaseException:
+        _keep_line()
+        raise
     _clear_line()
+
+
+def _keep_line() -> None:
+    """Go on in the next line of a terminal: what was said last is to be read."""
+    if _is_terminal(sys.stderr):
+        print(file=sys.stderr, flush=True)
 
 
 def _rewrite_line(text: str, *args: object) -> None:

@@ -19534,6 +19534,17 @@ class TestDeadLettersFromPython:
         assert counts["DeleteMessageBatch"] == 3
 
 
+STUCK = """
+import time, taskhawk
+
+def receive(*_, **__):
+    while True:
+        time.sleep(0.05)
+
+taskhawk.SqliteBroker.receive = receive
+"""
+
+
 class TestDeadLetterCommands:
     """Dead letters are looked at where they are, and leave when they are told to."""
 
@@ -19866,8 +19877,28 @@ class TestDeadLetterCommands:
         with pytest.raises(KeyboardInterrupt):
             look()
         assert every_letters.depths() == (0, Depth(3, 0, 0))
-        text = "stopped: up to 10 more messages may have been looked at"
+        text = "stopped: up to 10 more messages may have been looked at or be hidden"
         assert caplog.messages[-1] == text
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("answer", ["", "y\n"])
+    def test_interrupted_in_terminal(self, letters, tmp_path, answer):
+        """There, what an interrupt may have left half-done can be read, if it was begun."""
+        (tmp_path / "stuck.py").write_text(STUCK)
+        env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
+        words = ["dead-letters", "requeue", "--module", "stuck"]
+        with in_terminal(tmp_path, env, *words) as run:
+            run.wait_for("[y/N] ")
+            shown = "\r\n\r\x1b[K"
+            if answer:
+                run.type(answer)
+                run.wait_for("requeueing about 3 messages")
+                stopped = "stopped: up to 10 more messages may have been requeued or be"
+                shown = f"{letters.queue}-DLQ\r\x1b[K{stopped} hidden{shown}"
+            run.process.send_signal(signal.SIGINT)
+            assert run.end() == 130
+        assert run.shown.endswith(shown)
+        assert run.shown.count("stopped") == len(answer[1:])
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
     def test_signal(self, number):
