@@ -12410,7 +12410,8 @@ def _ttl_change(dynamodb: _AwsService, resource: _Resource) -> _Change | None:
     table = resource.name
     found = _find(dynamodb, "describe_time_to_live", TableName=table) or {}
     description = found.get("TimeToLiveDescription", {})
-    if description.get("AttributeName") == "expiration":
+    is_on = description.get("TimeToLiveStatus") in ("ENABLING", "ENABLED")
+    if is_on and description.get("AttributeName") == "expiration":
         return None
     wanted = {"AttributeName": "expiration", "Enabled": True}
     parameters = {"TableName": table, "TimeToLiveSpecification": wanted}

@@ -21144,6 +21144,19 @@ class TestProvisionTable:
         claims = taskhawk._find_claims()
         assert claims.claim("key", 60).token
 
+    def test_expiry_turned_off(self, table, sqs_client, capsys):
+        """A TTL that someone turned off is turned on again."""
+        provision(capsys, "--priority=default")
+        endpoint = taskhawk.settings.AWS_ENDPOINT_DYNAMODB
+        off = {"AttributeName": "expiration", "Enabled": False}
+        sqs_client(endpoint, "dynamodb").update_time_to_live(
+            TableName=table, TimeToLiveSpecification=off
+        )
+        line = f"error: ttl {table}: would be made: claims that have expired are kept,"
+        assert check(capsys, "--priority=default")[1][0].startswith(line)
+        assert provision(capsys, "--priority=default")[-1] == f"ttl {table}: made"
+        assert check(capsys, "--priority=default") == (0, ["nothing is wrong"])
+
     def test_other_table(self, table, sqs_client, capsys):
         """A table with another key is refused, for it is somebody else's."""
         endpoint = taskhawk.settings.AWS_ENDPOINT_DYNAMODB
