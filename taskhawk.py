@@ -13033,7 +13033,7 @@ def _check_receives(
                 f"{queue}: its maxReceiveCount of {receives}"
                 f" is not above {task.name}'s {retries} retries",
                 "the queue gives up before the task's policy does",
-                _raise_receives(retries + 2),
+                _raise_receives(max(retries + 2, _FEW_RECEIVES)),
             )
     if receives < _FEW_RECEIVES:
         yield _warning(
@@ -13074,7 +13074,6 @@ def _check_undelivered(broker: SqsBroker, queue: str) -> Iterator[_Finding]:
         yield _error(
             f"{wanted}: no such queue",
             f"a message that a schedule can't deliver to {queue} for a day is lost",
-            "make it, though the RedrivePolicy names another",
         )
 
 
