@@ -12388,19 +12388,21 @@ def _table_change(dynamodb: _AwsService, resource: _Resource) -> _Change | None:
     """
     found = _find(dynamodb, "describe_table", TableName=resource.name)
     key = [{"AttributeName": "id", "KeyType": "HASH"}]
+    types = [{"AttributeName": "id", "AttributeType": "S"}]
     if found is None:
         parameters = {
             "TableName": resource.name,
             "KeySchema": key,
-            "AttributeDefinitions": [{"AttributeName": "id", "AttributeType": "S"}],
+            "AttributeDefinitions": types,
             "BillingMode": "PAY_PER_REQUEST",
             "Tags": _tags(resource),
         }
         return _Change("made", "create_table", parameters)
-    if found["Table"]["KeySchema"] != key:
+    table = found["Table"]
+    if table["KeySchema"] != key or types[0] not in table["AttributeDefinitions"]:
         raise ConfigurationError(
-            f"table {resource.name}: expected its key to be id alone: name another one"
-            " by TASKHAWK_CLAIMS_TABLE"
+            f"table {resource.name}: expected its key to be id alone, a string: name"
+            " another one by TASKHAWK_CLAIMS_TABLE"
         )
     return None
 
@@ -12974,12 +12976,7 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
     if info is None:
         yield _error(f"{queue}: no such queue", "dispatch raises")
         return
-    if _unless(_NO_CLAIMS, _is_queue_paused, queue):
-        yield _warning(
-            f"{queue}: it is paused",
-            "workers receive nothing from it",
-            "run python -m taskhawk resume",
-        )
+    yield from _check_pause(queue)
     tasks = _tasks_of(priority)
     yield from _check_time_limits(queue, info.visibility_timeout_s, tasks)
     if info.max_receive_count is None:
@@ -12991,6 +12988,25 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
     if isinstance(broker, SqsBroker) and info.dead_letter_queue:
         yield from _check_attributes(broker, queue, info.dead_letter_queue)
         yield from _check_undelivered(broker, queue)
+
+
+def _check_pause(queue: str) -> Iterator[_Finding]:
+    """Look whether a queue is paused; a fault of the claims is none of the queue."""
+    try:
+        is_paused = _unless(_NO_CLAIMS, _is_queue_paused, queue)
+    except Exception as error:
+        yield _warning(
+            f"{queue}: {_text_of(error)}",
+            "it can't be told whether it is paused",
+            "check TASKHAWK_CLAIMS_TABLE, AWS_ENDPOINT_DYNAMODB and the network",
+        )
+        return
+    if is_paused:
+        yield _warning(
+            f"{queue}: it is paused",
+            "workers receive nothing from it",
+            "run python -m taskhawk resume",
+        )
 
 
 def _tasks_by_name() -> list[Task[..., Any]]:

@@ -21159,21 +21159,40 @@ class TestProvisionTable:
         assert provision(capsys, "--priority=default")[-1] == f"ttl {table}: made"
         assert check(capsys, "--priority=default") == (0, ["nothing is wrong"])
 
-    def test_other_table(self, table, sqs_client, capsys):
+    @pytest.mark.parametrize(("name", "kind"), [("pk", "S"), ("id", "N")])
+    def test_other_table(self, table, sqs_client, capsys, name, kind):
         """A table with another key is refused, for it is somebody else's."""
         endpoint = taskhawk.settings.AWS_ENDPOINT_DYNAMODB
         sqs_client(endpoint, "dynamodb").create_table(
             TableName=table,
-            KeySchema=[{"AttributeName": "pk", "KeyType": "HASH"}],
-            AttributeDefinitions=[{"AttributeName": "pk", "AttributeType": "S"}],
+            KeySchema=[{"AttributeName": name, "KeyType": "HASH"}],
+            AttributeDefinitions=[{"AttributeName": name, "AttributeType": kind}],
             BillingMode="PAY_PER_REQUEST",
         )
         sentence = (
-            f"table {table}: expected its key to be id alone: name another one by"
-            " TASKHAWK_CLAIMS_TABLE"
+            f"table {table}: expected its key to be id alone, a string: name another one"
+            " by TASKHAWK_CLAIMS_TABLE"
         )
         assert taskhawk.main(["provision", "--priority=default"]) == 2
         assert capsys.readouterr().err == f"taskhawk: {sentence}\n"
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.default)
+        client = sqs_client(taskhawk.settings.AWS_ENDPOINT_SQS)
+        set_attributes(client, queue, MessageRetentionPeriod="1209600")
+        code, lines = check(capsys, "--priority=default")
+        assert code == 1
+        assert lines[0].startswith(
+            f"warning: {queue}: An error occurred (ValidationException) when calling"
+        )
+        assert lines[0].endswith(
+            ": it can't be told whether it is paused. Fix: check TASKHAWK_CLAIMS_TABLE,"
+            " AWS_ENDPOINT_DYNAMODB and the network"
+        )
+        assert lines[1].startswith(f"warning: {queue}-DLQ: it keeps messages for")
+        assert lines[2:] == [
+            f"error: {sentence}: the rest can't be checked. Fix: as the error says",
+            "3 found",
+        ]
 
     @pytest.mark.parametrize(
         ("name", "label"), [("3-claims", "_3_claims"), ("Claims.v2", "claims_v2")]
