@@ -12698,24 +12698,16 @@ def _dashboard_terraform(
 ) -> dict[str, Any]:
     """Write the same in Terraform's JSON syntax."""
     found = _dashboard(resources, watched)
-    dashboard = _snake_case(found["put-dashboard"])
+    dashboard = _in_snake_case(found["put-dashboard"])
     name = dashboard["dashboard_name"]
     written = [_Resource("aws_cloudwatch_dashboard", name, dashboard)]
     for parameters in found["put-metric-alarm"]:
-        alarm = _snake_case(parameters)
+        alarm = _in_snake_case(parameters)
         [dimension] = alarm["dimensions"]
         alarm["dimensions"] = {dimension["Name"]: dimension["Value"]}
         name = alarm["alarm_name"]
         written.append(_Resource("aws_cloudwatch_metric_alarm", name, alarm))
     return _terraform(written)
-
-
-def _snake_case(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return parameters of AWS by Terraform's names."""
-    return {
-        re.sub("(?<!^)([A-Z])", r"_\1", name).lower(): value
-        for name, value in parameters.items()
-    }
 
 
 # CloudWatch's namespace and dimension, by Terraform's type.
@@ -12788,11 +12780,13 @@ def _alarms_of(resource: _Resource, watched: _Watched) -> Iterator[_Alarm]:
         why = "a message was not delivered to a subscriber"
         yield _Alarm("not-delivered", _NOT_DELIVERED, 0, 1, why, "Sum")
     elif _is_dead_letter_queue(resource.name):
-        why = f"there are dead letters: {_LETTERS_COMMAND} summary"
+        whose = {_dead_letter_name(_queue_of(each)): each.name for each in _URGENCY}
+        command = f"{_LETTERS_COMMAND} summary --priority {whose[resource.name]}"
+        why = f"there are dead letters: {command}"
         yield _Alarm("not-empty", _VISIBLE, 0, 1, why)
     else:
         age_s, most = watched.max_age_s, watched.max_backlog
-        why = f"a message has waited for more than {age_s:g} s"
+        why = f"a message has waited for more than {age_s:.15g} s"  # all its digits
         yield _Alarm("too-old", _OLDEST, age_s, 5, why)
         yield _Alarm("backlog", _VISIBLE, most, 5, f"more than {most} messages wait")
 

@@ -20496,7 +20496,20 @@ class TestDashboard:
             assert alarm["ComparisonOperator"] == "GreaterThanThreshold"
         assert alarms[0]["AlarmDescription"] == (
             f"{name}-DLQ: there are dead letters: python -m taskhawk dead-letters summary"
+            " --priority default"
         )
+
+    def test_descriptions(self, aws, capsys):
+        """Alarms say what waits for how long, and what to run for whose dead letters."""
+        options = ["--priority=bulk", "--max-age=14d", "--max-backlog=7"]
+        found = provision_json(capsys, "--format=dashboard", *options)
+        name = "TASKHAWK-APP-BULK"
+        letters = "python -m taskhawk dead-letters summary --priority bulk"
+        assert [alarm["AlarmDescription"] for alarm in found["put-metric-alarm"]] == [
+            f"{name}-DLQ: there are dead letters: {letters}",
+            f"{name}: a message has waited for more than 1209600 s",
+            f"{name}: more than 7 messages wait",
+        ]
 
     def test_workers(self, aws, capsys):
         """With the namespace of their metrics, what workers print is shown too."""
