@@ -608,6 +608,14 @@ def _parse_account(value: Any) -> str:
     return _parse_text("[0-9]{12}", value)
 
 
+def _parse_queue(value: Any) -> str:
+    """Take the name of a service, whose queues' names are made of it."""
+    name = _parse_text(f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}", value)
+    if name.upper().endswith("-DLQ"):
+        raise _Illegal("its queue would be another's dead-letter queue")
+    return name
+
+
 def _parse_url(value: Any) -> str:
     """Take a URL of HTTP."""
     return _parse_text(r"https?://[^\s/]\S*", value).rstrip("/")
@@ -674,8 +682,7 @@ _TABLE = _Rule(
     functools.partial(_parse_text, "[A-Za-z0-9_.-]{3,255}"),
 )
 _QUEUE = _Rule(
-    f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores",
-    functools.partial(_parse_text, f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
+    f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores", _parse_queue
 )
 _SETTINGS = {
     "AWS_ACCESS_KEY": _Setting(_TEXT, "AKIAIOSFODNN7EXAMPLE"),
@@ -12599,7 +12606,7 @@ def _grantable(resource: _Resource) -> Iterator[tuple[str, str]]:
         return
     service, _ = _PROVIDERS[kind]
     arn = _brokers.get(service).arn
-    if _is_dead_letter_queue(name):
+    if kind == "aws_sqs_queue" and _is_dead_letter_queue(name):
         kind = "DLQ"
     yield kind, arn(_ARN_PREFIXES[resource.kind] + name)
     if kind == "aws_sqs_queue" and _has_sizes():

@@ -20403,6 +20403,10 @@ TASKHAWK_QUEUE=my app
     TASKHAWK_QUEUE in configure(): expected at most 53 letters, digits, hyphens and
     underscores, such as 'dev-myapp', got 'my app': what uses it fails. Fix: as the
     error says
+TASKHAWK_QUEUE=app-dlq
+    TASKHAWK_QUEUE in configure(): expected at most 53 letters, digits, hyphens and
+    underscores, such as 'dev-myapp', got 'app-dlq' (its queue would be another's
+    dead-letter queue): what uses it fails. Fix: as the error says
 IS_LAMBDA_APP=maybe
     IS_LAMBDA_APP in configure(): expected true or false, such as 'False', got 'maybe':
     what uses it fails. Fix: as the error says
@@ -21216,12 +21220,12 @@ class TestProvisionTable:
 
     def test_described(self, aws, capsys):
         """Terraform has its TTL in it; workers may update its items, and no more."""
-        table = "taskhawk-claims"
+        table = "claims-DLQ"  # whatever it is called, it is no dead-letter queue
         configure_aws(aws.url, "app", TASKHAWK_CLAIMS_TABLE=table)
         only = "--priority=default"
         described = provision_json(capsys, only, "--format=terraform")["resource"]
         assert "aws_dynamodb_ttl" not in described
-        assert described["aws_dynamodb_table"]["taskhawk_claims"] == {
+        assert described["aws_dynamodb_table"]["claims_dlq"] == {
             "name": table,
             "billing_mode": "PAY_PER_REQUEST",
             "hash_key": "id",
