@@ -14730,16 +14730,22 @@ def _sections(text: str) -> list[_Section]:
     return sections
 
 
+def _file_named(name: str) -> str:
+    """Return the path of a copy, through links; refuse a folder, there or not."""
+    path = os.path.realpath(name)
+    if os.path.isdir(path) or not os.path.basename(name):
+        raise ConfigurationError(
+            f"vendor: {path} is a folder. Fix: name the file, such as"
+            f" {path}/taskhawk.py"
+        )
+    return path
+
+
 def _read_copy(path: str) -> _Copy:
     """Read a vendored copy.
 
     :raises ConfigurationError: if there is none, or the file is something else
     """
-    if os.path.isdir(path):
-        raise ConfigurationError(
-            f"vendor: {path} is a folder. Fix: name the file, such as"
-            f" {path}/taskhawk.py"
-        )
     if not os.path.exists(path):
         raise ConfigurationError(
             f"vendor: {path} does not exist. Fix: name the file of a vendored copy"
@@ -14798,7 +14804,7 @@ def _vendor(arguments: Any) -> bool:
 
     example: python -m taskhawk vendor service/vendor/taskhawk.py --part production
     """
-    path = os.path.realpath(arguments.path)
+    path = _file_named(arguments.path)
     if arguments.check:
         copy = _read_copy(path)
         audited = copy.sections

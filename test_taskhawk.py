@@ -22318,14 +22318,16 @@ class TestVendoring:
 
     def test_no_copy(self, tmp_path, capsys):
         """A folder, or a copy to check that is not there, is refused by name."""
-        folder, gone = f"{tmp_path}", f"{tmp_path}/nosuch.py"
-        assert command_error(capsys, "vendor", f"{folder}/") == (
-            2,
-            (
-                f"taskhawk: vendor: {folder} is a folder. Fix: name the file, such as"
-                f" {folder}/taskhawk.py"
-            ),
-        )
+        gone = f"{tmp_path}/nosuch.py"
+        for folder in (f"{tmp_path}", f"{tmp_path}/nosuch"):
+            assert command_error(capsys, "vendor", f"{folder}/") == (
+                2,
+                (
+                    f"taskhawk: vendor: {folder} is a folder. Fix: name the file, such as"
+                    f" {folder}/taskhawk.py"
+                ),
+            )
+        assert list(tmp_path.iterdir()) == []
         assert command_error(capsys, "vendor", "--check", gone) == (
             2,
             (
