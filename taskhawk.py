@@ -14633,7 +14633,9 @@ def _is_agreed(arguments: Any, scan: _Scan, verb: str, how: str) -> bool:
     if scan.wanted != _LetterFilter():
         which += " that fit the filters"
     question = f"{verb} up to {most} {which}{how}? [y/N] "
-    print(question, end="", file=sys.stderr, flush=True)
+    # Someone may have sent the progress away.
+    stream = sys.stderr if _is_terminal(sys.stderr) else sys.stdout
+    print(question, end="", file=stream, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 

@@ -19818,6 +19818,13 @@ class TestDeadLetterCommands:
         assert f"sent back: {sent}\r\n" in run.shown
         assert letters.depths() == (sent, Depth(3 - sent, 0, 0))
 
+    def test_asks_without_progress(self, letters, monkeypatch):
+        """Where stderr is no terminal, such as /dev/null, the question is not lost."""
+        monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+        question = f"requeue up to 3 dead letters of {letters.queue}-DLQ? [y/N] "
+        assert letters("requeue") == [f"{question}sent back: 0"]
+
     @pytest.mark.slow
     def test_progress(self, letters, tmp_path):
         """In a terminal, the progress is one line that is rewritten, and cleared at the end."""
