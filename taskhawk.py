@@ -14010,13 +14010,21 @@ def _schedules(arguments: Any) -> None:
     example: python -m taskhawk schedules myapp.tasks
     """
     _require_tasks("schedules", arguments.modules)
-    rows = [_row_of(found) for found in _periodic_tasks().values()]
+    periodic = _periodic_tasks().values()
     if arguments.json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps([_row_of(found) for found in periodic], indent=2))
         return
-    for row in rows:
-        due = row["next"] or "when AWS says"
+    for found in periodic:
+        row = _row_of(found)
+        due = row["next"] or _unknown_due(_schedule_of(found))
         print(f"{row['task']}  {row['schedule']}  {row['timezone']}  {due}")
+
+
+def _unknown_due(schedule: _Schedule) -> str:
+    """Say when a schedule is due that has no next time, as far as we know."""
+    if schedule.interval_s or schedule.is_foreign:
+        return "when AWS says"
+    return "never"  # its dates are past, or there are none, such as February 30th
 
 
 def _row_of(task: Task[..., Any]) -> dict[str, Any]:

@@ -18444,15 +18444,17 @@ class TestPeriodicTasks:
         taskhawk.task(name="a", schedule="rate(1 day)", timezone="Europe/Berlin")(plain)
         taskhawk.task(name="b", schedule="cron(0 9 L * ? *)")(another("b"))
         taskhawk.task(name="c")(another("c"))
+        taskhawk.task(name="d", schedule="cron(0 9 1 1 ? 2020)")(another("d"))
         day = datetime.now(UTC).date() + timedelta(days=1)
         assert taskhawk.main(["schedules"]) == 0
         assert capsys.readouterr().out.splitlines() == [
             f"a  rate(1 day)  Europe/Berlin  {day}T00:00:00+00:00",
             "b  cron(0 9 L * ? *)  UTC  when AWS says",
+            "d  cron(0 9 1 1 ? 2020)  UTC  never",
         ]
         taskhawk.configure(TASKHAWK_QUEUE="app")
         assert taskhawk.main(["schedules", "--json"]) == 0
-        (row, _) = json.loads(capsys.readouterr().out)
+        row, *_ = json.loads(capsys.readouterr().out)
         assert row == {
             "task": "a",
             "priority": "default",
