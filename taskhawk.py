@@ -11975,7 +11975,7 @@ class _Counts(NamedTuple):
     in_flight: int
     delayed: int
     dead_letters: int | None  # None: no dead-letter queue, or no access to it
-    paused: bool = False
+    paused: bool | None = False  # None: that can't be told
 
     @property
     def queued(self) -> int:
@@ -11996,8 +11996,18 @@ def _counts(broker: Broker, queue: str) -> _Counts | None:
     dead = broker.info(queue).dead_letter_queue
     dead_depth = find_depth(dead) if dead else None
     dead_letters = sum(dead_depth) if dead_depth else None
-    paused = _unless(_NO_CLAIMS, _is_queue_paused, queue) or False
+    paused = _find_pause(queue)
     return _Counts(depth.visible, depth.in_flight, depth.delayed, dead_letters, paused)
+
+
+def _find_pause(queue: str) -> bool | None:
+    """Return whether a queue is paused; None, with a warning, if that can't be told."""
+    try:
+        return _unless(_NO_CLAIMS, _is_queue_paused, queue) or False
+    except Exception as error:
+        text = "%s: it can't be told whether it is paused: %s"
+        _log.warning(text, queue, _text_of(error))
+        return None
 
 
 def _count_all() -> dict[str, _Counts | None]:
@@ -12872,10 +12882,7 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
         try:
             yield from (_check_topic if on_topics else _check_queue)(priority)
         except Exception as error:
-            remedy = "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
-            if isinstance(error, ConfigurationError):
-                remedy = _TOLD
-            yield _error(_text_of(error), "the rest can't be checked", remedy)
+            yield _unchecked(error, "AWS_ENDPOINT_SQS")
             if not re.match(_FORBIDDEN, _error_code(error)):
                 return  # the others would say the same
 
@@ -12892,7 +12899,15 @@ def _check_state() -> Iterator[_Finding]:
     try:
         yield from look()
     except Exception as error:
-        yield _error(_text_of(error), "the rest can't be checked", _TOLD)
+        yield _unchecked(error, "AWS_ENDPOINT_SCHEDULER, AWS_ENDPOINT_DYNAMODB")
+
+
+def _unchecked(error: Exception, endpoints: str) -> _Finding:
+    """Return the finding that a look has failed."""
+    remedy = f"check credentials, AWS_REGION, {endpoints} and the network"
+    if isinstance(error, ConfigurationError):
+        remedy = _TOLD
+    return _error(_text_of(error), "the rest can't be checked", remedy)
 
 
 def _check_state_in_file() -> Iterator[_Finding]:
@@ -12993,15 +13008,13 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
 
 def _check_pause(queue: str) -> Iterator[_Finding]:
     """Look whether a queue is paused; a fault of the claims is none of the queue."""
-    try:
-        is_paused = _unless(_NO_CLAIMS, _is_queue_paused, queue)
-    except Exception as error:
+    is_paused = _find_pause(queue)
+    if is_paused is None:
         yield _warning(
-            f"{queue}: {_text_of(error)}",
-            "it can't be told whether it is paused",
+            f"{queue}: it can't be told whether it is paused",
+            "claims can't be read, for the reason that the log has",
             "check TASKHAWK_CLAIMS_TABLE, AWS_ENDPOINT_DYNAMODB and the network",
         )
-        return
     if is_paused:
         yield _warning(
             f"{queue}: it is paused",

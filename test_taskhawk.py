@@ -20039,6 +20039,23 @@ class TestStats:
             "bulk": missing,
         }
 
+    def test_claims_do_not_answer(
+        self, ministack, sqs_client, queue_name, caplog, capsys
+    ):
+        """Where nobody can tell whether a queue is paused, its messages are counted."""
+        sqs_client(ministack).create_queue(QueueName=f"TASKHAWK-{queue_name}")
+        gone = f"http://127.0.0.1:{free_port()}"
+        configure_aws(ministack, queue_name, TASKHAWK_CLAIMS_TABLE="claims")
+        given = dict(taskhawk.settings.given) | {"AWS_ENDPOINT_DYNAMODB": gone}
+        taskhawk.configure(given)
+        assert taskhawk.main(["stats", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["default"]
+        assert (found["visible"], found["paused"]) == (0, None)
+        [text] = caplog.messages
+        assert text.startswith(
+            f"TASKHAWK-{queue_name}: it can't be told whether it is paused: Could not"
+        )
+
     def test_text(self, sqs_client, ministack, queue_name, capsys):
         """As text, it is a table; a queue without dead letters says so."""
         sqs_client(ministack).create_queue(QueueName=f"TASKHAWK-{queue_name}")
@@ -20723,6 +20740,30 @@ class TestCheck:
             "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
         )
 
+    @pytest.mark.parametrize(
+        ("endpoint", "finding"),
+        [
+            ("SQS", "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"),
+            (
+                "SCHEDULER",
+                (
+                    "check credentials, AWS_REGION, AWS_ENDPOINT_SCHEDULER,"
+                    " AWS_ENDPOINT_DYNAMODB and the network"
+                ),
+            ),
+        ],
+    )
+    def test_no_connection(self, aws, capsys, endpoint, finding):
+        """What does not answer is a finding that names its endpoint."""
+        role = "arn:aws:iam::000000000000:role/taskhawk"
+        given = dict(taskhawk.settings.given) | {"TASKHAWK_SCHEDULER_ROLE": role}
+        given[f"AWS_ENDPOINT_{endpoint}"] = f"http://127.0.0.1:{free_port()}"
+        taskhawk.configure(given)
+        lines = check(capsys, "--priority=default")[1]
+        [line] = [line for line in lines if "Could not connect" in line]
+        assert line.startswith("error: Could not connect to the endpoint URL: ")
+        assert line.endswith(f": the rest can't be checked. Fix: {finding}")
+
     def test_lambda_app_on_sqlite(self, tmp_path, capsys):
         """A Lambda app that is tried out on SQLite has no topics to look at."""
         url = f"sqlite:///{tmp_path}/queue.db?max_receive_count=2"
@@ -21201,17 +21242,14 @@ class TestProvisionTable:
         )
         assert taskhawk.main(["provision", "--priority=default"]) == 2
         assert capsys.readouterr().err == f"taskhawk: {sentence}\n"
-        broker = taskhawk._brokers.broker()
-        queue = broker.destination(Priority.default)
+        queue = f"TASKHAWK-{taskhawk.settings.TASKHAWK_QUEUE}"
         client = sqs_client(taskhawk.settings.AWS_ENDPOINT_SQS)
         set_attributes(client, queue, MessageRetentionPeriod="1209600")
         code, lines = check(capsys, "--priority=default")
         assert code == 1
-        assert lines[0].startswith(
-            f"warning: {queue}: An error occurred (ValidationException) when calling"
-        )
-        assert lines[0].endswith(
-            ": it can't be told whether it is paused. Fix: check TASKHAWK_CLAIMS_TABLE,"
+        assert lines[0] == (
+            f"warning: {queue}: it can't be told whether it is paused: claims can't be"
+            " read, for the reason that the log has. Fix: check TASKHAWK_CLAIMS_TABLE,"
             " AWS_ENDPOINT_DYNAMODB and the network"
         )
         assert lines[1].startswith(f"warning: {queue}-DLQ: it keeps messages for")
