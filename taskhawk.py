@@ -11884,7 +11884,8 @@ def dead_letters(
     ``break`` or by an exception.
 
     :param priority: says which queue; its redrive policy names its dead-letter queue
-    :param task: only those of this task; ``*`` and ``?`` stand for any text
+    :param task: only those of this task; ``*`` stands for any text, ``?`` for one
+        character, and ``[ab]`` for one of these
     :param error: only those with this text in their :attr:`DeadLetter.cause`
     :param header: only those with these headers, whose values are compared as text
     :param older_than_s: only those whose :attr:`DeadLetter.age_s` is at least that
@@ -14277,7 +14278,7 @@ _LETTERS = (
     ),
     _option(
         "--task",
-        "only those of this task; * and ? stand for any text",
+        "only those of this task; * stands for any text, ? for a character",
         default="*",
         metavar="NAME",
     ),
