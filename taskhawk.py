@@ -11946,8 +11946,9 @@ def requeue_dead_letter(
 # stays. A missing queue is an answer, not an error.
 
 
-_PROVISION = "python -m taskhawk provision"  # fixes most of what check finds
-_LETTERS_COMMAND = "python -m taskhawk dead-letters"
+_PROGRAM = f"python -m {__name__}"  # a vendored copy has another name
+_PROVISION = f"{_PROGRAM} provision"  # fixes most of what check finds
+_LETTERS_COMMAND = f"{_PROGRAM} dead-letters"
 _TOLD = "as the error says"  # how to fix the rest
 _ABSENT = "NonExistentQueue|QueueDoesNotExist|NotFound"  # codes of AWS, as patterns
 _FORBIDDEN = "AccessDenied.*|AuthorizationError"
@@ -13020,7 +13021,7 @@ def _check_pause(queue: str) -> Iterator[_Finding]:
         yield _warning(
             f"{queue}: it is paused",
             "workers receive nothing from it",
-            "run python -m taskhawk resume",
+            f"run {_PROGRAM} resume",
         )
 
 
@@ -13379,7 +13380,8 @@ def _parser() -> Any:
     parser.set_defaults(run=None, parser=parser, json=False, **defaults)
     groups = {"": parser.add_subparsers(metavar="COMMAND", parser_class=make)}
     for command, (run, options) in _commands.items():
-        text, _, example = (inspect.getdoc(run) or command).partition("\n\n")
+        doc = (inspect.getdoc(run) or command).replace("python -m taskhawk", _PROGRAM)
+        text, _, example = doc.partition("\n\n")
         group, _, name = command.rpartition(" ")
         if group not in groups:
             about = "Look at dead letters, send them back, or delete them."

@@ -22407,6 +22407,27 @@ class TestVendoring:
             assert (code, error) == (2, f"taskhawk: vendor: {changed}. {fix}")
             assert path.read_bytes() == edited
 
+    @pytest.mark.slow
+    def test_names_itself(self, tmp_path, capsys):
+        """The commands that a copy tells one to run are its own."""
+        vendor(capsys, vendor_package(tmp_path))
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url)
+        taskhawk.pause(Priority.default)
+        put_dead_letters(taskhawk._brokers.broker(), 1)
+        for words, shown in (
+            (["check"], ". Fix: run COPY resume\n"),
+            (["dead-letters", "summary"], "\n    COPY dead-letters requeue --error "),
+            (["stats", "--help"], "\nexample: COPY stats --watch\n"),
+        ):
+            result = run_python(
+                ["-m", "service.vendor.taskhawk", *words],
+                cwd=tmp_path,
+                env={"TASKHAWK_BROKER": url},
+            )
+            copy = "python -m service.vendor.taskhawk"
+            assert shown.replace("COPY", copy) in result.stdout
+
     def test_moved_room(self, tmp_path, capsys):
         """Rooms in another order are a change too."""
         path = tmp_path / "taskhawk.py"
