@@ -14246,6 +14246,9 @@ def _check_provision(arguments: Any) -> None:
     """Refuse options that can't be meant, before anything is made."""
     if arguments.function and not settings.IS_LAMBDA_APP:
         raise ConfigurationError("--lambda: expected IS_LAMBDA_APP to be set")
+    if (arguments.notify or arguments.emf) and arguments.format not in _DASHBOARDS:
+        formats = " or ".join(_DASHBOARDS)
+        raise ConfigurationError(f"--notify and --emf: expected --format {formats}")
     if arguments.prune:  # without a task, it would delete all schedules
         _require_tasks("provision --prune", arguments.modules)
 

@@ -20382,6 +20382,14 @@ class TestProvision:
         ("values", "options", "sentence"),
         [
             ({}, "--lambda arn", "--lambda: expected IS_LAMBDA_APP to be set"),
+            *(
+                (
+                    {},
+                    options,
+                    "--notify and --emf: expected --format dashboard or dashboard-terraform",
+                )
+                for options in ("--notify arn", "--emf app --format terraform")
+            ),
             (
                 {"TASKHAWK_BROKER": "sqlite://"},
                 "--format iam",
