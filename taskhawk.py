@@ -11688,6 +11688,7 @@ class _Scan:
         own visibility timeout
     :param limit: end after so many that match
     :param say: shows the progress: a format and its arguments
+    :param warn: says what went wrong, likewise
     """
 
     priority: Priority
@@ -11698,6 +11699,7 @@ class _Scan:
     num_messages: int = _MAX_BATCH
     lease_s: float | None = 600
     say: Callable[..., object] = _log.info
+    warn: Callable[..., object] = _log.warning
 
     def __post_init__(self) -> None:
         """Find the queue and its dead-letter queue; nothing is received yet."""
@@ -11759,7 +11761,7 @@ class _Scan:
         """Warn of what a FIFO queue withholds: the rest of groups that were met."""
         if self._hidden and _is_fifo(self.source):
             text = "%s: about %d more wait behind these, in their groups"
-            _log.warning(text, self.source, left)
+            self.warn(text, self.source, left)
 
     def total(self) -> int:
         """Count the dead letters that are visible; SQS does so approximately."""
@@ -11826,7 +11828,7 @@ class _Scan:
         """Return those that were not refused; log the first refusal with its remedy."""
         if refused:
             first = next(iter(refused.values()))
-            _log.warning("%s: %s", first.code, first.text)
+            self.warn("%s: %s", first.code, first.text)
         for index, refusal in refused.items():
             self._failed[letters[index].message_id] = failure + refusal.code
         accepted = [letters[i] for i in range(len(letters)) if i not in refused]
@@ -11843,7 +11845,7 @@ class _Scan:
         if refused:
             reason = next(iter(refused.values())).text
             text = "%d of %d dead letters looked at stay hidden for a while: %s"
-            _log.warning(text, len(refused), len(changes), reason)
+            self.warn(text, len(refused), len(changes), reason)
         if kind and self._has_begun:
             text = "stopped: up to %d more messages may have been %s or be hidden"
             self.say(text, _MAX_BATCH, self.done)
@@ -14359,7 +14361,7 @@ def _scan_for(arguments: Any, doing: str, done: str) -> Iterator[_Scan]:
         arguments.limit,
     )
     if _is_terminal(sys.stderr):
-        scan.say = _rewrite_line
+        scan.say, scan.warn = _rewrite_line, _warn_in_place
     try:
         with _interruptible(), scan:
             yield scan
@@ -14381,6 +14383,12 @@ def _rewrite_line(text: str, *args: object) -> None:
     width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
     # A line that is wrapped can't be cleared.
     print((text % args)[: width - 1], end="", file=sys.stderr, flush=True)
+
+
+def _warn_in_place(text: str, *args: object) -> None:
+    """Log a warning in place of the progress, not behind it."""
+    _clear_line()
+    _log.warning(text, *args)
 
 
 def _require_found(scan: _Scan) -> None:

@@ -19547,6 +19547,16 @@ taskhawk.SqliteBroker.receive = receive
 """
 
 
+REFUSING = """
+import taskhawk
+
+def delete(broker, queue, receipts, **_):
+    return [taskhawk.Refusal(index, "Odd", "no", True) for index in range(len(receipts))]
+
+taskhawk.SqliteBroker.delete = delete
+"""
+
+
 class TestDeadLetterCommands:
     """Dead letters are looked at where they are, and leave when they are told to."""
 
@@ -19838,6 +19848,19 @@ class TestDeadLetterCommands:
             "\r\x1b[Krequeued 3 of 3 messages, 0 failed"
             "\r\x1b[Ksent back: 3\r\n"
         )
+
+    @pytest.mark.slow
+    def test_warning(self, letters, tmp_path):
+        """A warning has a line of its own there, in place of the progress."""
+        (tmp_path / "refusing.py").write_text(REFUSING)
+        env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
+        words = ["dead-letters", "delete", "--all", "--yes", "--module", "refusing"]
+        with in_terminal(tmp_path, env, *words) as run:
+            assert run.end() == 1
+        about = f"deleting about 3 messages from {letters.queue}-DLQ"
+        warning = rf"{about}\r\x1b\[K{LOG_TIME} WARNING Odd: no\r\n\r\x1b\[K"
+        assert re.search(warning, run.shown)
+        assert run.shown.endswith("\r\x1b[Ktaskhawk: 3 of 3 messages failed: Odd\r\n")
 
     @pytest.mark.parametrize(
         ("task", "shown"),
