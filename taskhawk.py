@@ -608,6 +608,14 @@ def _parse_account(value: Any) -> str:
     return _parse_text("[0-9]{12}", value)
 
 
+def _parse_queue(value: Any) -> str:
+    """Take the name of a service, whose queues' names are made of it."""
+    name = _parse_text(f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}", value)
+    if name.upper().endswith("-DLQ"):
+        raise _Illegal("its queue would be another's dead-letter queue")
+    return name
+
+
 def _parse_url(value: Any) -> str:
     """Take a URL of HTTP."""
     return _parse_text(r"https?://[^\s/]\S*", value).rstrip("/")
@@ -674,8 +682,7 @@ _TABLE = _Rule(
     functools.partial(_parse_text, "[A-Za-z0-9_.-]{3,255}"),
 )
 _QUEUE = _Rule(
-    f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores",
-    functools.partial(_parse_text, f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
+    f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores", _parse_queue
 )
 _SETTINGS = {
     "AWS_ACCESS_KEY": _Setting(_TEXT, "AKIAIOSFODNN7EXAMPLE"),
@@ -11641,7 +11648,7 @@ class _LetterFilter:
     """Says which dead letters are meant: those that fit every field."""
 
     task: str = "*"  # a pattern, as the shell's
-    error: str = ""  # a part of its cause
+    errors: tuple[str, ...] = ()  # parts of its cause
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     oldest_s: float = math.inf
     newest_s: float = 0
@@ -11653,7 +11660,7 @@ class _LetterFilter:
 
         if not fnmatch.fnmatchcase(letter.task or "", self.task):
             return False
-        if self.error not in letter.cause:
+        if not all(text in letter.cause for text in self.errors):
             return False
         if not self.newest_s <= letter.age_s <= self.oldest_s:
             return False
@@ -11682,6 +11689,7 @@ class _Scan:
         own visibility timeout
     :param limit: end after so many that match
     :param say: shows the progress: a format and its arguments
+    :param warn: says what went wrong, likewise
     """
 
     priority: Priority
@@ -11692,6 +11700,7 @@ class _Scan:
     num_messages: int = _MAX_BATCH
     lease_s: float | None = 600
     say: Callable[..., object] = _log.info
+    warn: Callable[..., object] = _log.warning
 
     def __post_init__(self) -> None:
         """Find the queue and its dead-letter queue; nothing is received yet."""
@@ -11713,6 +11722,7 @@ class _Scan:
         self._failed: dict[str, str] = {}  # why one could not be, by its message id
         self._hidden: dict[str, str] = {}  # receipt handles, by message id
         self._seen: set[str] = set()
+        self._has_begun = False
 
     def __enter__(self) -> typing.Self:
         return self
@@ -11729,6 +11739,7 @@ class _Scan:
         the next scan: it may be what was sent back.
         """
         total = self.total()
+        self._has_begun = True
         self.say("%s about %d messages from %s", self.doing, total, self.source)
         total = max(total, 1)  # the count is approximate: look at least once
         while len(self._seen) < total and self.matched < self.limit:
@@ -11751,7 +11762,7 @@ class _Scan:
         """Warn of what a FIFO queue withholds: the rest of groups that were met."""
         if self._hidden and _is_fifo(self.source):
             text = "%s: about %d more wait behind these, in their groups"
-            _log.warning(text, self.source, left)
+            self.warn(text, self.source, left)
 
     def total(self) -> int:
         """Count the dead letters that are visible; SQS does so approximately."""
@@ -11818,7 +11829,7 @@ class _Scan:
         """Return those that were not refused; log the first refusal with its remedy."""
         if refused:
             first = next(iter(refused.values()))
-            _log.warning("%s: %s", first.code, first.text)
+            self.warn("%s: %s", first.code, first.text)
         for index, refusal in refused.items():
             self._failed[letters[index].message_id] = failure + refusal.code
         accepted = [letters[i] for i in range(len(letters)) if i not in refused]
@@ -11835,9 +11846,9 @@ class _Scan:
         if refused:
             reason = next(iter(refused.values())).text
             text = "%d of %d dead letters looked at stay hidden for a while: %s"
-            _log.warning(text, len(refused), len(changes), reason)
-        if kind:
-            text = "stopped: up to %d more messages may have been %s"
+            self.warn(text, len(refused), len(changes), reason)
+        if kind and self._has_begun:
+            text = "stopped: up to %d more messages may have been %s or be hidden"
             self.say(text, _MAX_BATCH, self.done)
 
     def count(self) -> int:
@@ -11876,7 +11887,8 @@ def dead_letters(
     ``break`` or by an exception.
 
     :param priority: says which queue; its redrive policy names its dead-letter queue
-    :param task: only those of this task; ``*`` and ``?`` stand for any text
+    :param task: only those of this task; ``*`` stands for any text, ``?`` for one
+        character, and ``[ab]`` for one of these
     :param error: only those with this text in their :attr:`DeadLetter.cause`
     :param header: only those with these headers, whose values are compared as text
     :param older_than_s: only those whose :attr:`DeadLetter.age_s` is at least that
@@ -11885,7 +11897,7 @@ def dead_letters(
     """
     _require_priority(priority)
     headers = {name: str(value) for name, value in (header or {}).items()}
-    wanted = _LetterFilter(task, error, headers, newer_than_s, older_than_s)
+    wanted = _LetterFilter(task, (error,), headers, newer_than_s, older_than_s)
     scan = _Scan(priority, "looking at", "looked at", wanted, say=_log.debug)
     return _letters_of(scan)
 
@@ -11937,8 +11949,9 @@ def requeue_dead_letter(
 # stays. A missing queue is an answer, not an error.
 
 
-_PROVISION = "python -m taskhawk provision"  # fixes most of what check finds
-_LETTERS_COMMAND = "python -m taskhawk dead-letters"
+_PROGRAM = f"python -m {__name__}"  # a vendored copy has another name
+_PROVISION = f"{_PROGRAM} provision"  # fixes most of what check finds
+_LETTERS_COMMAND = f"{_PROGRAM} dead-letters"
 _TOLD = "as the error says"  # how to fix the rest
 _ABSENT = "NonExistentQueue|QueueDoesNotExist|NotFound"  # codes of AWS, as patterns
 _FORBIDDEN = "AccessDenied.*|AuthorizationError"
@@ -11967,7 +11980,7 @@ class _Counts(NamedTuple):
     in_flight: int
     delayed: int
     dead_letters: int | None  # None: no dead-letter queue, or no access to it
-    paused: bool = False
+    paused: bool | None = False  # None: that can't be told
 
     @property
     def queued(self) -> int:
@@ -11988,8 +12001,18 @@ def _counts(broker: Broker, queue: str) -> _Counts | None:
     dead = broker.info(queue).dead_letter_queue
     dead_depth = find_depth(dead) if dead else None
     dead_letters = sum(dead_depth) if dead_depth else None
-    paused = _unless(_NO_CLAIMS, _is_queue_paused, queue) or False
+    paused = _find_pause(queue)
     return _Counts(depth.visible, depth.in_flight, depth.delayed, dead_letters, paused)
+
+
+def _find_pause(queue: str) -> bool | None:
+    """Return whether a queue is paused; None, with a warning, if that can't be told."""
+    try:
+        return _unless(_NO_CLAIMS, _is_queue_paused, queue) or False
+    except Exception as error:
+        text = "%s: it can't be told whether it is paused: %s"
+        _log.warning(text, queue, _text_of(error))
+        return None
 
 
 def _count_all() -> dict[str, _Counts | None]:
@@ -12387,19 +12410,21 @@ def _table_change(dynamodb: _AwsService, resource: _Resource) -> _Change | None:
     """
     found = _find(dynamodb, "describe_table", TableName=resource.name)
     key = [{"AttributeName": "id", "KeyType": "HASH"}]
+    types = [{"AttributeName": "id", "AttributeType": "S"}]
     if found is None:
         parameters = {
             "TableName": resource.name,
             "KeySchema": key,
-            "AttributeDefinitions": [{"AttributeName": "id", "AttributeType": "S"}],
+            "AttributeDefinitions": types,
             "BillingMode": "PAY_PER_REQUEST",
             "Tags": _tags(resource),
         }
         return _Change("made", "create_table", parameters)
-    if found["Table"]["KeySchema"] != key:
+    table = found["Table"]
+    if table["KeySchema"] != key or types[0] not in table["AttributeDefinitions"]:
         raise ConfigurationError(
-            f"table {resource.name}: expected its key to be id alone: name another one"
-            " by TASKHAWK_CLAIMS_TABLE"
+            f"table {resource.name}: expected its key to be id alone, a string: name"
+            " another one by TASKHAWK_CLAIMS_TABLE"
         )
     return None
 
@@ -12409,7 +12434,8 @@ def _ttl_change(dynamodb: _AwsService, resource: _Resource) -> _Change | None:
     table = resource.name
     found = _find(dynamodb, "describe_time_to_live", TableName=table) or {}
     description = found.get("TimeToLiveDescription", {})
-    if description.get("AttributeName") == "expiration":
+    is_on = description.get("TimeToLiveStatus") in ("ENABLING", "ENABLED")
+    if is_on and description.get("AttributeName") == "expiration":
         return None
     wanted = {"AttributeName": "expiration", "Enabled": True}
     parameters = {"TableName": table, "TimeToLiveSpecification": wanted}
@@ -12595,7 +12621,7 @@ def _grantable(resource: _Resource) -> Iterator[tuple[str, str]]:
         return
     service, _ = _PROVIDERS[kind]
     arn = _brokers.get(service).arn
-    if _is_dead_letter_queue(name):
+    if kind == "aws_sqs_queue" and _is_dead_letter_queue(name):
         kind = "DLQ"
     yield kind, arn(_ARN_PREFIXES[resource.kind] + name)
     if kind == "aws_sqs_queue" and _has_sizes():
@@ -12694,24 +12720,16 @@ def _dashboard_terraform(
 ) -> dict[str, Any]:
     """Write the same in Terraform's JSON syntax."""
     found = _dashboard(resources, watched)
-    dashboard = _snake_case(found["put-dashboard"])
+    dashboard = _in_snake_case(found["put-dashboard"])
     name = dashboard["dashboard_name"]
     written = [_Resource("aws_cloudwatch_dashboard", name, dashboard)]
     for parameters in found["put-metric-alarm"]:
-        alarm = _snake_case(parameters)
+        alarm = _in_snake_case(parameters)
         [dimension] = alarm["dimensions"]
         alarm["dimensions"] = {dimension["Name"]: dimension["Value"]}
         name = alarm["alarm_name"]
         written.append(_Resource("aws_cloudwatch_metric_alarm", name, alarm))
     return _terraform(written)
-
-
-def _snake_case(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return parameters of AWS by Terraform's names."""
-    return {
-        re.sub("(?<!^)([A-Z])", r"_\1", name).lower(): value
-        for name, value in parameters.items()
-    }
 
 
 # CloudWatch's namespace and dimension, by Terraform's type.
@@ -12784,11 +12802,13 @@ def _alarms_of(resource: _Resource, watched: _Watched) -> Iterator[_Alarm]:
         why = "a message was not delivered to a subscriber"
         yield _Alarm("not-delivered", _NOT_DELIVERED, 0, 1, why, "Sum")
     elif _is_dead_letter_queue(resource.name):
-        why = f"there are dead letters: {_LETTERS_COMMAND} summary"
+        whose = {_dead_letter_name(_queue_of(each)): each.name for each in _URGENCY}
+        command = f"{_LETTERS_COMMAND} summary --priority {whose[resource.name]}"
+        why = f"there are dead letters: {command}"
         yield _Alarm("not-empty", _VISIBLE, 0, 1, why)
     else:
         age_s, most = watched.max_age_s, watched.max_backlog
-        why = f"a message has waited for more than {age_s:g} s"
+        why = f"a message has waited for more than {age_s:.15g} s"  # all its digits
         yield _Alarm("too-old", _OLDEST, age_s, 5, why)
         yield _Alarm("backlog", _VISIBLE, most, 5, f"more than {most} messages wait")
 
@@ -12867,10 +12887,7 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
         try:
             yield from (_check_topic if on_topics else _check_queue)(priority)
         except Exception as error:
-            remedy = "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
-            if isinstance(error, ConfigurationError):
-                remedy = _TOLD
-            yield _error(_text_of(error), "the rest can't be checked", remedy)
+            yield _unchecked(error, "AWS_ENDPOINT_SQS")
             if not re.match(_FORBIDDEN, _error_code(error)):
                 return  # the others would say the same
 
@@ -12887,7 +12904,15 @@ def _check_state() -> Iterator[_Finding]:
     try:
         yield from look()
     except Exception as error:
-        yield _error(_text_of(error), "the rest can't be checked", _TOLD)
+        yield _unchecked(error, "AWS_ENDPOINT_SCHEDULER, AWS_ENDPOINT_DYNAMODB")
+
+
+def _unchecked(error: Exception, endpoints: str) -> _Finding:
+    """Return the finding that a look has failed."""
+    remedy = f"check credentials, AWS_REGION, {endpoints} and the network"
+    if isinstance(error, ConfigurationError):
+        remedy = _TOLD
+    return _error(_text_of(error), "the rest can't be checked", remedy)
 
 
 def _check_state_in_file() -> Iterator[_Finding]:
@@ -12972,12 +12997,7 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
     if info is None:
         yield _error(f"{queue}: no such queue", "dispatch raises")
         return
-    if _unless(_NO_CLAIMS, _is_queue_paused, queue):
-        yield _warning(
-            f"{queue}: it is paused",
-            "workers receive nothing from it",
-            "run python -m taskhawk resume",
-        )
+    yield from _check_pause(queue)
     tasks = _tasks_of(priority)
     yield from _check_time_limits(queue, info.visibility_timeout_s, tasks)
     if info.max_receive_count is None:
@@ -12991,6 +13011,23 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
     if isinstance(broker, SqsBroker) and info.dead_letter_queue:
         yield from _check_attributes(broker, queue, info.dead_letter_queue)
         yield from _check_undelivered(broker, queue)
+
+
+def _check_pause(queue: str) -> Iterator[_Finding]:
+    """Look whether a queue is paused; a fault of the claims is none of the queue."""
+    is_paused = _find_pause(queue)
+    if is_paused is None:
+        yield _warning(
+            f"{queue}: it can't be told whether it is paused",
+            "claims can't be read, for the reason that the log has",
+            "check TASKHAWK_CLAIMS_TABLE, AWS_ENDPOINT_DYNAMODB and the network",
+        )
+    if is_paused:
+        yield _warning(
+            f"{queue}: it is paused",
+            "workers receive nothing from it",
+            f"run {_PROGRAM} resume",
+        )
 
 
 def _tasks_by_name() -> list[Task[..., Any]]:
@@ -13033,7 +13070,7 @@ def _check_receives(
                 f"{queue}: its maxReceiveCount of {receives}"
                 f" is not above {task.name}'s {retries} retries",
                 "the queue gives up before the task's policy does",
-                _raise_receives(retries + 2),
+                _raise_receives(max(retries + 2, _FEW_RECEIVES)),
             )
     if receives < _FEW_RECEIVES:
         yield _warning(
@@ -13086,7 +13123,6 @@ def _check_undelivered(broker: SqsBroker, queue: str) -> Iterator[_Finding]:
         yield _error(
             f"{wanted}: no such queue",
             f"a message that a schedule can't deliver to {queue} for a day is lost",
-            "make it, though the RedrivePolicy names another",
         )
 
 
@@ -13361,7 +13397,8 @@ def _parser() -> Any:
     parser.set_defaults(run=None, parser=parser, json=False, **defaults)
     groups = {"": parser.add_subparsers(metavar="COMMAND", parser_class=make)}
     for command, (run, options) in _commands.items():
-        text, _, example = (inspect.getdoc(run) or command).partition("\n\n")
+        doc = (inspect.getdoc(run) or command).replace("python -m taskhawk", _PROGRAM)
+        text, _, example = doc.partition("\n\n")
         group, _, name = command.rpartition(" ")
         if group not in groups:
             about = "Look at dead letters, send them back, or delete them."
@@ -13382,6 +13419,8 @@ _QUEUE_COMMANDS = (
     "listen",
     "dispatch",
     "cancel",
+    "pause",
+    "resume",
     "stats",
     "provision",
     "dead-letters",
@@ -13518,8 +13557,17 @@ def _demo(_arguments: Any) -> bool:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
-        url = f"sqlite:///{folder}/queue.db"
-        configure(TASKHAWK_BROKER=url, TASKHAWK_SYNC=False, IS_LAMBDA_APP=False)
+        # Nothing is left of what an application has set up.
+        hooks = [name for name in _SETTINGS if _SETTINGS[name].rule is _HOOK]
+        configure(
+            dict.fromkeys(hooks, _do_nothing),
+            TASKHAWK_BROKER=f"sqlite:///{folder}/queue.db",
+            TASKHAWK_QUEUE="demo",
+            TASKHAWK_FIFO=False,
+            TASKHAWK_SYNC=False,
+            TASKHAWK_TASK_CLASS=Task,
+            IS_LAMBDA_APP=False,
+        )
         undo.callback(configure)
         logging.disable()  # what it says is printed below
         undo.callback(logging.disable, logging.NOTSET)
@@ -13995,13 +14043,21 @@ def _schedules(arguments: Any) -> None:
     example: python -m taskhawk schedules myapp.tasks
     """
     _require_tasks("schedules", arguments.modules)
-    rows = [_row_of(found) for found in _periodic_tasks().values()]
+    periodic = _periodic_tasks().values()
     if arguments.json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps([_row_of(found) for found in periodic], indent=2))
         return
-    for row in rows:
-        due = row["next"] or "when AWS says"
+    for found in periodic:
+        row = _row_of(found)
+        due = row["next"] or _unknown_due(_schedule_of(found))
         print(f"{row['task']}  {row['schedule']}  {row['timezone']}  {due}")
+
+
+def _unknown_due(schedule: _Schedule) -> str:
+    """Say when a schedule is due that has no next time, as far as we know."""
+    if schedule.interval_s or schedule.is_foreign:
+        return "when AWS says"
+    return "never"  # its dates are past, or there are none, such as February 30th
 
 
 def _row_of(task: Task[..., Any]) -> dict[str, Any]:
@@ -14181,8 +14237,7 @@ def _provision(arguments: Any) -> None:
     if settings.TASKHAWK_BROKER != "sqs":
         _provision_file(arguments)
         return
-    if arguments.function and not settings.IS_LAMBDA_APP:
-        raise ConfigurationError("--lambda: expected IS_LAMBDA_APP to be set")
+    _check_provision(arguments)
     resources: list[_Resource] = []
     for priority in _priorities(arguments.priority or _PRIORITIES):
         resources += _resources(
@@ -14202,6 +14257,17 @@ def _provision(arguments: Any) -> None:
     for resource in resources:
         print(_provide(resource, dry_run=arguments.dry_run))
     _prune(prune=arguments.prune and not arguments.dry_run)
+
+
+def _check_provision(arguments: Any) -> None:
+    """Refuse options that can't be meant, before anything is made."""
+    if arguments.function and not settings.IS_LAMBDA_APP:
+        raise ConfigurationError("--lambda: expected IS_LAMBDA_APP to be set")
+    if (arguments.notify or arguments.emf) and arguments.format not in _DASHBOARDS:
+        formats = " or ".join(_DASHBOARDS)
+        raise ConfigurationError(f"--notify and --emf: expected --format {formats}")
+    if arguments.prune:  # without a task, it would delete all schedules
+        _require_tasks("provision --prune", arguments.modules)
 
 
 def _prune(*, prune: bool) -> None:
@@ -14234,14 +14300,13 @@ _LETTERS = (
     ),
     _option(
         "--task",
-        "only those of this task; * and ? stand for any text",
+        "only those of this task; * stands for any text, ? for a character",
         default="*",
         metavar="NAME",
     ),
-    _option(
+    _many(
         "--error",
         "only those with this text in their error, or in what is said in its place",
-        default="",
         metavar="TEXT",
     ),
     _many("--header", "only those with this header", type=_pair, metavar="K=V"),
@@ -14292,7 +14357,7 @@ def _filter_of(arguments: Any) -> _LetterFilter:
     """Return the filter that the options of a command ask for."""
     return _LetterFilter(
         task=arguments.task,
-        error=arguments.error,
+        errors=tuple(filter(None, arguments.error)),
         headers=dict(arguments.header),
         newest_s=arguments.older_than,
         oldest_s=arguments.newer_than,
@@ -14311,10 +14376,20 @@ def _scan_for(arguments: Any, doing: str, done: str) -> Iterator[_Scan]:
         arguments.limit,
     )
     if _is_terminal(sys.stderr):
-        scan.say = _rewrite_line
-    with _interruptible(), scan:
-        yield scan
+        scan.say, scan.warn = _rewrite_line, _warn_in_place
+    try:
+        with _interruptible(), scan:
+            yield scan
+    except BaseException:
+        _keep_line()
+        raise
     _clear_line()
+
+
+def _keep_line() -> None:
+    """Go on in the next line of a terminal: what was said last is to be read."""
+    if _is_terminal(sys.stderr):
+        print(file=sys.stderr, flush=True)
 
 
 def _rewrite_line(text: str, *args: object) -> None:
@@ -14323,6 +14398,12 @@ def _rewrite_line(text: str, *args: object) -> None:
     width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
     # A line that is wrapped can't be cleared.
     print((text % args)[: width - 1], end="", file=sys.stderr, flush=True)
+
+
+def _warn_in_place(text: str, *args: object) -> None:
+    """Log a warning in place of the progress, not behind it."""
+    _clear_line()
+    _log.warning(text, *args)
 
 
 def _require_found(scan: _Scan) -> None:
@@ -14361,12 +14442,16 @@ def _first_line(text: str) -> str:
     return text.partition("\n")[0]
 
 
+def _in_a_line(text: str) -> str:
+    """Replace line breaks: a message could write a line that looks like one of ours."""
+    return text.replace("\n", "?")
+
+
 def _as_line(letter: DeadLetter) -> str:
     """Return a dead letter in one line."""
     name = letter.id or letter.message_id
     reason = _first_line(letter.cause)
-    line = f"{name}  {letter.task}  {letter.age_s} s ago  {reason}"
-    return line.replace("\n", "?")
+    return _in_a_line(f"{name}  {letter.task}  {letter.age_s} s ago  {reason}")
 
 
 def _as_page(letter: DeadLetter) -> str:
@@ -14377,8 +14462,9 @@ def _as_page(letter: DeadLetter) -> str:
         values["body"] = ascii(letter.received.body)
     if letter.record:
         values |= {f"error {name}": value for name, value in letter.record.items()}
-    lines = [f"{key}: {value}\n" for key, value in values.items() if value is not None]
-    return "".join(lines)
+    lines = [f"{key}: {value}" for key, value in values.items() if value is not None]
+    # What follows a line break in a message is not to look like a line of ours.
+    return "".join(line.rstrip().replace("\n", "\n    ") + "\n" for line in lines)
 
 
 def _as_json(letter: DeadLetter) -> str:
@@ -14432,10 +14518,12 @@ class _Group:
         self.count = 1
         self.oldest = self.newest = first.sent
         self.example = _first_line(first.cause)  # of the newest
+        self.ids = {first.id, first.message_id}
 
     def add(self, letter: DeadLetter) -> None:
         """Count one more."""
         self.count += 1
+        self.ids |= {letter.id, letter.message_id}
         self.oldest = min(self.oldest, letter.sent)
         if letter.sent >= self.newest:
             self.newest = letter.sent
@@ -14480,7 +14568,8 @@ def _group_as_dict(
     arguments: Any, task: str, error: str, group: _Group
 ) -> dict[str, Any]:
     """Return what is known of a group, with the commands that deal with it."""
-    words = _words_of(arguments, task, error)
+    ids = [name for name in arguments.ids if name in group.ids]
+    words = _words_of(arguments, task, error, ids)
     return {
         "task": task or None,
         "error": error.removesuffix(": "),
@@ -14493,12 +14582,14 @@ def _group_as_dict(
     }
 
 
-def _words_of(arguments: Any, task: str, error: str) -> str:
+def _words_of(arguments: Any, task: str, error: str, ids: Iterable[str]) -> str:
     """Return the options that mean a group: its own, and those of the summary."""
     import glob
     import shlex
 
-    words = ["--error", error]
+    words: list[str] = []
+    for text in (*arguments.error, error):
+        words += ["--error", text]
     if task:
         words += ["--task", glob.escape(task)]
     if arguments.priority != "default":
@@ -14509,6 +14600,8 @@ def _words_of(arguments: Any, task: str, error: str) -> str:
         words += ["--older-than", f"{arguments.older_than:.0f}s"]
     if arguments.newer_than < math.inf:
         words += ["--newer-than", f"{arguments.newer_than:.0f}s"]
+    for message_id in ids:
+        words += ["--id", message_id]
     for module in arguments.modules:
         words += ["--module", module]
     return "".join(f" {shlex.quote(word)}" for word in words)
@@ -14516,13 +14609,14 @@ def _words_of(arguments: Any, task: str, error: str) -> str:
 
 def _group_as_page(values: Mapping[str, Any]) -> str:
     """Return a group for people."""
-    return (
-        f"{values['count']}  {values['task']}  {values['error']}\n"
-        f"    from {values['oldest']} to {values['newest']}\n"
-        f"    the newest: {values['example']}\n"
-        f"    {values['list']}\n"
-        f"    {values['requeue']}\n"
+    lines = (
+        f"{values['count']}  {values['task']}  {values['error']}",
+        f"    from {values['oldest']} to {values['newest']}",
+        f"    the newest: {values['example']}",
+        f"    {values['list']}",
+        f"    {values['requeue']}",
     )
+    return "".join(f"{_in_a_line(line)}\n" for line in lines)
 
 
 _YES = _flag("--yes", "do not ask, in a terminal, before more than one is meant")
@@ -14589,7 +14683,9 @@ def _is_agreed(arguments: Any, scan: _Scan, verb: str, how: str) -> bool:
     if scan.wanted != _LetterFilter():
         which += " that fit the filters"
     question = f"{verb} up to {most} {which}{how}? [y/N] "
-    print(question, end="", file=sys.stderr, flush=True)
+    # Someone may have sent the progress away.
+    stream = sys.stderr if _is_terminal(sys.stderr) else sys.stdout
+    print(question, end="", file=stream, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
@@ -14686,16 +14782,22 @@ def _sections(text: str) -> list[_Section]:
     return sections
 
 
+def _file_named(name: str) -> str:
+    """Return the path of a copy, through links; refuse a folder, there or not."""
+    path = os.path.realpath(name)
+    if os.path.isdir(path) or not os.path.basename(name):
+        raise ConfigurationError(
+            f"vendor: {path} is a folder. Fix: name the file, such as"
+            f" {path}/taskhawk.py"
+        )
+    return path
+
+
 def _read_copy(path: str) -> _Copy:
     """Read a vendored copy.
 
     :raises ConfigurationError: if there is none, or the file is something else
     """
-    if os.path.isdir(path):
-        raise ConfigurationError(
-            f"vendor: {path} is a folder. Fix: name the file, such as"
-            f" {path}/taskhawk.py"
-        )
     if not os.path.exists(path):
         raise ConfigurationError(
             f"vendor: {path} does not exist. Fix: name the file of a vendored copy"
@@ -14754,7 +14856,7 @@ def _vendor(arguments: Any) -> bool:
 
     example: python -m taskhawk vendor service/vendor/taskhawk.py --part production
     """
-    path = os.path.realpath(arguments.path)
+    path = _file_named(arguments.path)
     if arguments.check:
         copy = _read_copy(path)
         audited = copy.sections

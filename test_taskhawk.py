@@ -18506,15 +18506,17 @@ class TestPeriodicTasks:
         taskhawk.task(name="a", schedule="rate(1 day)", timezone="Europe/Berlin")(plain)
         taskhawk.task(name="b", schedule="cron(0 9 L * ? *)")(another("b"))
         taskhawk.task(name="c")(another("c"))
+        taskhawk.task(name="d", schedule="cron(0 9 1 1 ? 2020)")(another("d"))
         day = datetime.now(UTC).date() + timedelta(days=1)
         assert taskhawk.main(["schedules"]) == 0
         assert capsys.readouterr().out.splitlines() == [
             f"a  rate(1 day)  Europe/Berlin  {day}T00:00:00+00:00",
             "b  cron(0 9 L * ? *)  UTC  when AWS says",
+            "d  cron(0 9 1 1 ? 2020)  UTC  never",
         ]
         taskhawk.configure(TASKHAWK_QUEUE="app")
         assert taskhawk.main(["schedules", "--json"]) == 0
-        (row, _) = json.loads(capsys.readouterr().out)
+        row, *_ = json.loads(capsys.readouterr().out)
         assert row == {
             "task": "a",
             "priority": "default",
@@ -19596,6 +19598,27 @@ class TestDeadLettersFromPython:
         assert counts["DeleteMessageBatch"] == 3
 
 
+STUCK = """
+import time, taskhawk
+
+def receive(*_, **__):
+    while True:
+        time.sleep(0.05)
+
+taskhawk.SqliteBroker.receive = receive
+"""
+
+
+REFUSING = """
+import taskhawk
+
+def delete(broker, queue, receipts, **_):
+    return [taskhawk.Refusal(index, "Odd", "no", True) for index in range(len(receipts))]
+
+taskhawk.SqliteBroker.delete = delete
+"""
+
+
 class TestDeadLetterCommands:
     """Dead letters are looked at where they are, and leave when they are told to."""
 
@@ -19626,6 +19649,8 @@ class TestDeadLetterCommands:
             ("--limit 0", []),
             ("--id ID", [0]),
             ("--error moved", [1]),
+            ("--error amount --error Value", [0]),
+            ("--error amount --error moved", []),
         ],
     )
     def test_filters(self, letters, arguments, found):
@@ -19745,6 +19770,28 @@ class TestDeadLetterCommands:
         )
         assert len(letters(*shlex.split(group["list"])[4:])) == 1
 
+    @pytest.mark.parametrize(
+        ("words", "counts"),
+        [
+            (["--error", "bill 7"], [1]),
+            (["--error", "bill", "--error", "7"], [1]),
+            (["--id", "b8", "--id", "b9"], [2]),
+            (["--id", "b7", "--id", "k"], [1, 1]),
+        ],
+        ids=str,
+    )
+    def test_summary_of_some(self, letters, words, counts):
+        """Nor do they mean more of the same task and error than the summary counts."""
+        for bill in (7, 8, 9):
+            error = ERROR_RECORD | {"message": f"no amount in bill {bill}"}
+            letters.put({"id": f"b{bill}"}, error)
+        letters.put({"id": "k"}, ERROR_RECORD | {"type": "KeyError"})
+        groups = json.loads("\n".join(letters("summary", "--json", *words)))
+        assert [group["count"] for group in groups] == counts
+        for group in groups:
+            sent = letters(*shlex.split(group["requeue"])[4:])
+            assert sent == [f"sent back: {group['count']}"]
+
     def test_summary_of_a_priority(self, tmp_path, capsys):
         """They name the queue, if it is not the default one."""
         taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
@@ -19790,6 +19837,7 @@ class TestDeadLetterCommands:
             "taskhawk: delete: expected a filter, or --all for every one",
         )
         assert command_error(capsys, "dead-letters", "delete", "--a")[0] == 2
+        assert command_error(capsys, "dead-letters", "delete", "--error", "")[0] == 2
         assert letters.depths() == (0, Depth(3, 0, 0))
 
     @pytest.mark.parametrize("command", ["list", "show", "requeue", "delete"])
@@ -19844,6 +19892,13 @@ class TestDeadLetterCommands:
         assert f"sent back: {sent}\r\n" in run.shown
         assert letters.depths() == (sent, Depth(3 - sent, 0, 0))
 
+    def test_asks_without_progress(self, letters, monkeypatch):
+        """Where stderr is no terminal, such as /dev/null, the question is not lost."""
+        monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+        question = f"requeue up to 3 dead letters of {letters.queue}-DLQ? [y/N] "
+        assert letters("requeue") == [f"{question}sent back: 0"]
+
     @pytest.mark.slow
     def test_progress(self, letters, tmp_path):
         """In a terminal, the progress is one line that is rewritten, and cleared at the end."""
@@ -19856,6 +19911,19 @@ class TestDeadLetterCommands:
             "\r\x1b[Ksent back: 3\r\n"
         )
 
+    @pytest.mark.slow
+    def test_warning(self, letters, tmp_path):
+        """A warning has a line of its own there, in place of the progress."""
+        (tmp_path / "refusing.py").write_text(REFUSING)
+        env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
+        words = ["dead-letters", "delete", "--all", "--yes", "--module", "refusing"]
+        with in_terminal(tmp_path, env, *words) as run:
+            assert run.end() == 1
+        about = f"deleting about 3 messages from {letters.queue}-DLQ"
+        warning = rf"{about}\r\x1b\[K{LOG_TIME} WARNING Odd: no\r\n\r\x1b\[K"
+        assert re.search(warning, run.shown)
+        assert run.shown.endswith("\r\x1b[Ktaskhawk: 3 of 3 messages failed: Odd\r\n")
+
     @pytest.mark.parametrize(
         ("task", "shown"),
         [("\x1b[2Jevil", "?[2Jevil"), ("forged\nline", "forged?line")],
@@ -19865,6 +19933,25 @@ class TestDeadLetterCommands:
         letters.put({"task": task})
         (line,) = letters("list", "--task", task)
         assert f"  {shown}  " in line
+
+    def test_forged(self, letters):
+        """No line break of a message's makes a line that looks like one of ours."""
+        forged = "x\nid: y\n    python -m taskhawk dead-letters delete --all"
+        names = ["type", "message", "traceback", f"worker\n{forged}"]
+        letters.put({"task": forged, "id": "i"}, dict.fromkeys(names, forged))
+        group = letters("summary", "--task", "x*")
+        assert [line[:18] for line in group] == [
+            "1  x?id: y?    pyt",
+            f"    from {group[1][9:18]}",
+            "    the newest: x",
+            "    python -m task",
+            "    python -m task",
+            "",
+            "1 dead letters",
+        ]
+        assert " list --error 'x?id: y?  " in group[3]
+        lines = letters("show", "i")
+        assert [line for line in lines if line.startswith("id: ")] == ["id: i"]
 
     def test_clock_behind(self):
         """A dead letter of a clock that is ahead of ours has no age."""
@@ -19884,8 +19971,28 @@ class TestDeadLetterCommands:
         with pytest.raises(KeyboardInterrupt):
             look()
         assert every_letters.depths() == (0, Depth(3, 0, 0))
-        text = "stopped: up to 10 more messages may have been looked at"
+        text = "stopped: up to 10 more messages may have been looked at or be hidden"
         assert caplog.messages[-1] == text
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("answer", ["", "y\n"])
+    def test_interrupted_in_terminal(self, letters, tmp_path, answer):
+        """There, what an interrupt may have left half-done can be read, if it was begun."""
+        (tmp_path / "stuck.py").write_text(STUCK)
+        env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
+        words = ["dead-letters", "requeue", "--module", "stuck"]
+        with in_terminal(tmp_path, env, *words) as run:
+            run.wait_for("[y/N] ")
+            shown = "\r\n\r\x1b[K"
+            if answer:
+                run.type(answer)
+                run.wait_for("requeueing about 3 messages")
+                stopped = "stopped: up to 10 more messages may have been requeued or be"
+                shown = f"{letters.queue}-DLQ\r\x1b[K{stopped} hidden{shown}"
+            run.process.send_signal(signal.SIGINT)
+            assert run.end() == 130
+        assert run.shown.endswith(shown)
+        assert run.shown.count("stopped") == len(answer[1:])
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
     def test_signal(self, number):
@@ -20016,6 +20123,23 @@ class TestStats:
             "low": missing,
             "bulk": missing,
         }
+
+    def test_claims_do_not_answer(
+        self, ministack, sqs_client, queue_name, caplog, capsys
+    ):
+        """Where nobody can tell whether a queue is paused, its messages are counted."""
+        sqs_client(ministack).create_queue(QueueName=f"TASKHAWK-{queue_name}")
+        gone = f"http://127.0.0.1:{free_port()}"
+        configure_aws(ministack, queue_name, TASKHAWK_CLAIMS_TABLE="claims")
+        given = dict(taskhawk.settings.given) | {"AWS_ENDPOINT_DYNAMODB": gone}
+        taskhawk.configure(given)
+        assert taskhawk.main(["stats", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["default"]
+        assert (found["visible"], found["paused"]) == (0, None)
+        [text] = caplog.messages
+        assert text.startswith(
+            f"TASKHAWK-{queue_name}: it can't be told whether it is paused: Could not"
+        )
 
     def test_text(self, sqs_client, ministack, queue_name, capsys):
         """As text, it is a table; a queue without dead letters says so."""
@@ -20343,6 +20467,14 @@ class TestProvision:
         ("values", "options", "sentence"),
         [
             ({}, "--lambda arn", "--lambda: expected IS_LAMBDA_APP to be set"),
+            *(
+                (
+                    {},
+                    options,
+                    "--notify and --emf: expected --format dashboard or dashboard-terraform",
+                )
+                for options in ("--notify arn", "--emf app --format terraform")
+            ),
             (
                 {"TASKHAWK_BROKER": "sqlite://"},
                 "--format iam",
@@ -20390,6 +20522,10 @@ TASKHAWK_QUEUE=my app
     TASKHAWK_QUEUE in configure(): expected at most 53 letters, digits, hyphens and
     underscores, such as 'dev-myapp', got 'my app': what uses it fails. Fix: as the
     error says
+TASKHAWK_QUEUE=app-dlq
+    TASKHAWK_QUEUE in configure(): expected at most 53 letters, digits, hyphens and
+    underscores, such as 'dev-myapp', got 'app-dlq' (its queue would be another's
+    dead-letter queue): what uses it fails. Fix: as the error says
 IS_LAMBDA_APP=maybe
     IS_LAMBDA_APP in configure(): expected true or false, such as 'False', got 'maybe':
     what uses it fails. Fix: as the error says
@@ -20417,13 +20553,13 @@ warning
     worker extends it, such as in Lambda, the task runs twice at once. Fix: set
     VisibilityTimeout above 60 s
 error
-    {name}: its maxReceiveCount of 2 is not above quick's 2 retries: the queue gives up
+    {name}: its maxReceiveCount of 2 is not above quick's 6 retries: the queue gives up
     before the task's policy does. Fix: python -m taskhawk provision
-    --max-receive-count 4
+    --max-receive-count 8
 error
     {name}: its maxReceiveCount of 2 is not above slow's 2 retries: the queue gives up
     before the task's policy does. Fix: python -m taskhawk provision
-    --max-receive-count 4
+    --max-receive-count 5
 warning
     {name}: its maxReceiveCount is 2: a few crashes or releases make a dead letter of a
     good message. Fix: python -m taskhawk provision --max-receive-count 5
@@ -20483,7 +20619,20 @@ class TestDashboard:
             assert alarm["ComparisonOperator"] == "GreaterThanThreshold"
         assert alarms[0]["AlarmDescription"] == (
             f"{name}-DLQ: there are dead letters: python -m taskhawk dead-letters summary"
+            " --priority default"
         )
+
+    def test_descriptions(self, aws, capsys):
+        """Alarms say what waits for how long, and what to run for whose dead letters."""
+        options = ["--priority=bulk", "--max-age=14d", "--max-backlog=7"]
+        found = provision_json(capsys, "--format=dashboard", *options)
+        name = "TASKHAWK-APP-BULK"
+        letters = "python -m taskhawk dead-letters summary --priority bulk"
+        assert [alarm["AlarmDescription"] for alarm in found["put-metric-alarm"]] == [
+            f"{name}-DLQ: there are dead letters: {letters}",
+            f"{name}: a message has waited for more than 1209600 s",
+            f"{name}: more than 7 messages wait",
+        ]
 
     def test_workers(self, aws, capsys):
         """With the namespace of their metrics, what workers print is shown too."""
@@ -20609,7 +20758,8 @@ class TestCheck:
         retry = taskhawk.fixed(1, max_retries=2)
         taskhawk.task(name="slow", time_limit=60, retry=retry)(plain)
         taskhawk.task(name="quick", time_limit=30)(plain)
-        configure_aws(ministack, queue_name, TASKHAWK_RETRY=retry)
+        patient = taskhawk.fixed(1, max_retries=6)
+        configure_aws(ministack, queue_name, TASKHAWK_RETRY=patient)
         found = [
             f"{kind}: {sentence}" for kind, sentence in told(FINDINGS.format(name=name))
         ]
@@ -20649,14 +20799,15 @@ class TestCheck:
         configure_aws(ministack, queue_name)
         lost = (
             f"error: {name}-DLQ: no such queue: a message that a schedule can't deliver"
-            f" to {name} for a day is lost. Fix: make it, though the RedrivePolicy names"
-            " another"
+            f" to {name} for a day is lost. Fix: python -m taskhawk provision"
         )
         assert lost not in check(capsys, "--priority=default")[1]
         role = "arn:aws:iam::000000000000:role/taskhawk"
         configure_aws(ministack, queue_name, TASKHAWK_SCHEDULER_ROLE=role)
         assert lost in check(capsys, "--priority=default")[1]
-        client.create_queue(QueueName=f"{name}-DLQ")
+        for needed in taskhawk._resources(Priority.default, 5, None):
+            taskhawk._provide(needed, dry_run=False)
+        assert f"{name}-LETTERS" in attributes_of(client, name)["RedrivePolicy"]
         assert lost not in check(capsys, "--priority=default")[1]
 
     @pytest.mark.parametrize("is_fifo", [False, True])
@@ -20697,6 +20848,30 @@ class TestCheck:
         assert finding["remedy"] == (
             "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
         )
+
+    @pytest.mark.parametrize(
+        ("endpoint", "finding"),
+        [
+            ("SQS", "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"),
+            (
+                "SCHEDULER",
+                (
+                    "check credentials, AWS_REGION, AWS_ENDPOINT_SCHEDULER,"
+                    " AWS_ENDPOINT_DYNAMODB and the network"
+                ),
+            ),
+        ],
+    )
+    def test_no_connection(self, aws, capsys, endpoint, finding):
+        """What does not answer is a finding that names its endpoint."""
+        role = "arn:aws:iam::000000000000:role/taskhawk"
+        given = dict(taskhawk.settings.given) | {"TASKHAWK_SCHEDULER_ROLE": role}
+        given[f"AWS_ENDPOINT_{endpoint}"] = f"http://127.0.0.1:{free_port()}"
+        taskhawk.configure(given)
+        lines = check(capsys, "--priority=default")[1]
+        [line] = [line for line in lines if "Could not connect" in line]
+        assert line.startswith("error: Could not connect to the endpoint URL: ")
+        assert line.endswith(f": the rest can't be checked. Fix: {finding}")
 
     def test_lambda_app_on_sqlite(self, tmp_path, capsys):
         """A Lambda app that is tried out on SQLite has no topics to look at."""
@@ -20929,6 +21104,16 @@ class TestProvisionSchedules:
         assert provision(capsys)[-1] == kept
         assert provision(capsys, "--prune", "--dry-run")[-1] == kept
         assert provision(capsys, "--prune")[-1] == "schedule task.app.count: deleted"
+        audit = dict(taskhawk._registry)
+        taskhawk._registry.clear()
+        assert command_error(capsys, "provision", "--prune") == (
+            2,
+            (
+                "taskhawk: provision --prune: no task is registered: name the modules"
+                " that define them, such as myapp.tasks"
+            ),
+        )
+        taskhawk._registry.update(audit)
         names = scheduled.list_schedules(GroupName=group)["Schedules"]
         assert {found["Name"] for found in names} >= {"task.app.audit", waiting}
         assert taskhawk.cancel(waiting)
@@ -21137,21 +21322,50 @@ class TestProvisionTable:
         claims = taskhawk._find_claims()
         assert claims.claim("key", 60).token
 
-    def test_other_table(self, table, sqs_client, capsys):
+    def test_expiry_turned_off(self, table, sqs_client, capsys):
+        """A TTL that someone turned off is turned on again."""
+        provision(capsys, "--priority=default")
+        endpoint = taskhawk.settings.AWS_ENDPOINT_DYNAMODB
+        off = {"AttributeName": "expiration", "Enabled": False}
+        sqs_client(endpoint, "dynamodb").update_time_to_live(
+            TableName=table, TimeToLiveSpecification=off
+        )
+        line = f"error: ttl {table}: would be made: claims that have expired are kept,"
+        assert check(capsys, "--priority=default")[1][0].startswith(line)
+        assert provision(capsys, "--priority=default")[-1] == f"ttl {table}: made"
+        assert check(capsys, "--priority=default") == (0, ["nothing is wrong"])
+
+    @pytest.mark.parametrize(("name", "kind"), [("pk", "S"), ("id", "N")])
+    def test_other_table(self, table, sqs_client, capsys, name, kind):
         """A table with another key is refused, for it is somebody else's."""
         endpoint = taskhawk.settings.AWS_ENDPOINT_DYNAMODB
         sqs_client(endpoint, "dynamodb").create_table(
             TableName=table,
-            KeySchema=[{"AttributeName": "pk", "KeyType": "HASH"}],
-            AttributeDefinitions=[{"AttributeName": "pk", "AttributeType": "S"}],
+            KeySchema=[{"AttributeName": name, "KeyType": "HASH"}],
+            AttributeDefinitions=[{"AttributeName": name, "AttributeType": kind}],
             BillingMode="PAY_PER_REQUEST",
         )
         sentence = (
-            f"table {table}: expected its key to be id alone: name another one by"
-            " TASKHAWK_CLAIMS_TABLE"
+            f"table {table}: expected its key to be id alone, a string: name another one"
+            " by TASKHAWK_CLAIMS_TABLE"
         )
         assert taskhawk.main(["provision", "--priority=default"]) == 2
         assert capsys.readouterr().err == f"taskhawk: {sentence}\n"
+        queue = f"TASKHAWK-{taskhawk.settings.TASKHAWK_QUEUE}"
+        client = sqs_client(taskhawk.settings.AWS_ENDPOINT_SQS)
+        set_attributes(client, queue, MessageRetentionPeriod="1209600")
+        code, lines = check(capsys, "--priority=default")
+        assert code == 1
+        assert lines[0] == (
+            f"warning: {queue}: it can't be told whether it is paused: claims can't be"
+            " read, for the reason that the log has. Fix: check TASKHAWK_CLAIMS_TABLE,"
+            " AWS_ENDPOINT_DYNAMODB and the network"
+        )
+        assert lines[1].startswith(f"warning: {queue}-DLQ: it keeps messages for")
+        assert lines[2:] == [
+            f"error: {sentence}: the rest can't be checked. Fix: as the error says",
+            "3 found",
+        ]
 
     @pytest.mark.parametrize(
         ("name", "label"), [("3-claims", "_3_claims"), ("Claims.v2", "claims_v2")]
@@ -21162,12 +21376,12 @@ class TestProvisionTable:
 
     def test_described(self, aws, capsys):
         """Terraform has its TTL in it; workers may update its items, and no more."""
-        table = "taskhawk-claims"
+        table = "claims-DLQ"  # whatever it is called, it is no dead-letter queue
         configure_aws(aws.url, "app", TASKHAWK_CLAIMS_TABLE=table)
         only = "--priority=default"
         described = provision_json(capsys, only, "--format=terraform")["resource"]
         assert "aws_dynamodb_ttl" not in described
-        assert described["aws_dynamodb_table"]["taskhawk_claims"] == {
+        assert described["aws_dynamodb_table"]["claims_dlq"] == {
             "name": table,
             "billing_mode": "PAY_PER_REQUEST",
             "hash_key": "id",
@@ -21460,7 +21674,11 @@ class TestCommandLine:
     @pytest.mark.slow
     def test_demo(self, commands):
         """Whatever is set, the demo shows a run, a retry, a dead letter's return."""
-        commands.env |= {"TASKHAWK_SYNC": "true", "IS_LAMBDA_APP": "true"}
+        flags = ["TASKHAWK_SYNC", "TASKHAWK_FIFO", "IS_LAMBDA_APP"]
+        hooks = re.findall(r"TASKHAWK_\w+_HOOK", " ".join(taskhawk._SETTINGS))
+        others = ["TASKHAWK_DEFAULT_HEADERS", "TASKHAWK_TASK_CLASS", "TASKHAWK_RETRY"]
+        commands.env |= dict.fromkeys(flags, "true") | {"TASKHAWK_QUEUE": "no name"}
+        commands.env |= dict.fromkeys([*hooks, *others], "nowhere.hook")
         result = commands("demo")
         assert result.stderr == ""
         shown = re.sub(MESSAGE_ID, "ID", result.stdout)
@@ -21649,6 +21867,9 @@ class TestCommandLine:
             ("listen job", "sqlite://"),
             ("dispatch job.add", "sqlite://?max_receive_count=3"),
             ("dead-letters requeue", "sqlite://"),
+            ("cancel x", "sqlite://"),
+            ("pause", "sqlite://"),
+            ("resume --priority=low", "sqlite://"),
             ("listen memory_job", None),
             ("dispatch memory_job.add --args [1]", None),
         ],
@@ -22253,14 +22474,16 @@ class TestVendoring:
 
     def test_no_copy(self, tmp_path, capsys):
         """A folder, or a copy to check that is not there, is refused by name."""
-        folder, gone = f"{tmp_path}", f"{tmp_path}/nosuch.py"
-        assert command_error(capsys, "vendor", f"{folder}/") == (
-            2,
-            (
-                f"taskhawk: vendor: {folder} is a folder. Fix: name the file, such as"
-                f" {folder}/taskhawk.py"
-            ),
-        )
+        gone = f"{tmp_path}/nosuch.py"
+        for folder in (f"{tmp_path}", f"{tmp_path}/nosuch"):
+            assert command_error(capsys, "vendor", f"{folder}/") == (
+                2,
+                (
+                    f"taskhawk: vendor: {folder} is a folder. Fix: name the file, such as"
+                    f" {folder}/taskhawk.py"
+                ),
+            )
+        assert list(tmp_path.iterdir()) == []
         assert command_error(capsys, "vendor", "--check", gone) == (
             2,
             (
@@ -22292,6 +22515,27 @@ class TestVendoring:
             fix = "Fix: restore it, or move it away"
             assert (code, error) == (2, f"taskhawk: vendor: {changed}. {fix}")
             assert path.read_bytes() == edited
+
+    @pytest.mark.slow
+    def test_names_itself(self, tmp_path, capsys):
+        """The commands that a copy tells one to run are its own."""
+        vendor(capsys, vendor_package(tmp_path))
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url)
+        taskhawk.pause(Priority.default)
+        put_dead_letters(taskhawk._brokers.broker(), 1)
+        for words, shown in (
+            (["check"], ". Fix: run COPY resume\n"),
+            (["dead-letters", "summary"], "\n    COPY dead-letters requeue --error "),
+            (["stats", "--help"], "\nexample: COPY stats --watch\n"),
+        ):
+            result = run_python(
+                ["-m", "service.vendor.taskhawk", *words],
+                cwd=tmp_path,
+                env={"TASKHAWK_BROKER": url},
+            )
+            copy = "python -m service.vendor.taskhawk"
+            assert shown.replace("COPY", copy) in result.stdout
 
     def test_moved_room(self, tmp_path, capsys):
         """Rooms in another order are a change too."""
@@ -22533,6 +22777,8 @@ for line, source, marks in json.load(open("blocks.json")):
         if "raises" not in marks:
             raise
         print(*traceback.format_exception_only(error), end="")
+    for made in taskhawk._periodic_tasks().values():
+        del taskhawk._registry[made.name]  # or it prints in a later block, when it is due
 taskhawk.configure()
 """
 
