@@ -4129,7 +4129,7 @@ async def _caught(coroutine: Any) -> BaseException | None:
         return error
     finally:
         if os.getpid() != process_id:
-            # A process that the coroutine forked came back from it: see _Slot.
+            # A process that the coroutine forked came back from it: as in _call_here().
             os._exit(0)  # pragma: no cover - the process is gone
     return None
 
@@ -5675,9 +5675,23 @@ def _run(received: QueueMessage, began: float) -> None:
 
     def call() -> None:
         _surround(around, its_task, received)
-        its_task.call(message, received.receipt_handle)
+        _call_here(lambda: its_task.call(message, received.receipt_handle))
 
     _end_run(received, began, around, call)
+
+
+def _call_here(call: Callable[[], object]) -> None:
+    """Call a task, and end a process that the task forked and that comes back from it.
+
+    The run is its parent's, with the post hook and what surrounds it. In sync mode, the
+    process goes on as it would after a plain call.
+    """
+    process_id = os.getpid()
+    try:
+        call()
+    finally:
+        if os.getpid() != process_id and not settings.TASKHAWK_SYNC:
+            os._exit(0)  # pragma: no cover - the process is gone
 
 
 def _begin_run(received: QueueMessage) -> Message:
@@ -6104,8 +6118,9 @@ def _call_together(ready: Iterable[Call]) -> BaseException | None:
     if not calls:
         return None
     metadata = typing.cast("Metadata", calls[0].metadata)
+    call_together = _registry[metadata.task]._call_together  # noqa: SLF001 - its own
     try:
-        _registry[metadata.task]._call_together(calls)  # noqa: SLF001 - its own
+        _call_here(lambda: call_together(calls))
     except BaseException as error:
         return error
     return None
@@ -7946,9 +7961,9 @@ class _Slot:
             return self.child.process(batch)
         finally:
             if os.getpid() != worker:
-                # A process that the task forked came back from it. The message is its
+                # A process that a hook forked came back from it. The message is its
                 # parent's, as are all threads and the children of slots.
-                os._exit(0)
+                os._exit(0)  # pragma: no cover - the process is gone
 
     def _pause(self, error: _CannotStart) -> None:
         """Try again and again to start a child, before anything else is run."""

@@ -17005,6 +17005,35 @@ class TestOnce:
         assert len(done) == ends
         assert broker.depth(WORKER_QUEUE) == (0, 0, 0)
 
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+    @pytest.mark.parametrize("batch", [{}, {"batch": 5}])
+    @pytest.mark.parametrize("end", [lambda: None, sys.exit])
+    def test_forked(self, tmp_path, batch, end):
+        """A process that a task forks and that comes back ends no claim, and no run."""
+        ends: list[int] = []
+        taskhawk.configure(
+            TASKHAWK_BROKER=f"sqlite:///{tmp_path}/q.db",
+            TASKHAWK_POST_PROCESS_HOOK=lambda **_: (tmp_path / "hook").touch(),
+        )
+        broker = taskhawk._brokers.broker()
+        claims: dict[str, Any] = {"once": True, "limit": taskhawk.limit(1)}
+        job = taskhawk.task(name="mail.send", time_limit=60, **claims, **batch)
+
+        def send(calls: Any = None) -> None:
+            forked = os.fork()
+            if not forked:
+                end()
+                return
+            ends.append(os.waitpid(forked, 0)[1])
+            assert not (tmp_path / "hook").exists()
+            rows = broker._file.read("SELECT is_done FROM claim", ())
+            assert rows == [(0,), (0,)]
+
+        job(send).isolate = False
+        taskhawk.Task.find_by_name("mail.send").dispatch()
+        assert work_once(broker).acked == 1
+        assert (ends, (tmp_path / "hook").exists()) == ([0], True)
+
 
 def lambda_free(runs: list[int]) -> Callable[[], None]:
     """Return a task's function that notes its runs."""
