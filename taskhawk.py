@@ -3822,11 +3822,8 @@ class Task(Generic[_P, _R]):
                 return  # most return nothing, and need no look at what it is
             if inspect.isawaitable(result):
                 _run_coroutine(_awaited(result, self.name))
-            elif isinstance(result, Generator | AsyncGenerator):
-                raise TypeError(
-                    f"{self.name} returned a generator, which runs only if something"
-                    " reads it: expected a function that runs when it is called"
-                )
+            else:
+                _refuse_generator(result, self.name)
         finally:
             _current.reset(token)
 
@@ -3843,6 +3840,15 @@ class Task(Generic[_P, _R]):
         return f"Taskhawk task: {self.name}"
 
     __repr__ = __str__
+
+
+def _refuse_generator(result: object, name: str) -> None:
+    """Raise TypeError if a task returned what has not run yet."""
+    if isinstance(result, Generator | AsyncGenerator):
+        raise TypeError(
+            f"{name} returned a generator, which runs only if something reads it:"
+            " expected a function that runs when it is called"
+        )
 
 
 def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
@@ -11365,7 +11371,17 @@ class _DjangoRun:
             self.context.append(TaskContext(task_result=self.result))
 
     def succeeded(self, value: Any) -> None:
-        """Note that the function has returned."""
+        """Note that the function has returned.
+
+        :raises TypeError: if it has not run yet
+        """
+        name = self._metadata.task
+        if inspect.isawaitable(value):
+            raise TypeError(
+                f"{name} returned what is to be awaited, but is no coroutine function:"
+                " expected async def, also of what a decorator returns"
+            )
+        _refuse_generator(value, name)
         self._ended(self._status.SUCCESSFUL)
         _set_fields(self.result, _return_value=value)
 

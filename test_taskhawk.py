@@ -18550,6 +18550,24 @@ def skip():
     raise taskhawk.IgnoreException("closed")
 
 @task
+def draw():
+    print("never drawn")
+    yield 1
+
+@task
+async def draw_late():
+    print("never drawn")
+    yield 1
+
+class Awaitable:
+    def __await__(self):
+        print("never awaited")
+
+@task
+def hide():
+    return Awaitable()
+
+@task
 async def count_rows():
     await sync_to_async(lambda: connection.ensure_connection())()
     print(await sync_to_async(lambda: connection.connection is not None)())
@@ -18810,6 +18828,28 @@ finished FAILED None ['ZeroDivisionError'] 2 True
 default 2 dead_letter
 """
         * 2,
+    ),
+    "what did not run": (
+        """for task_ in (draw, draw_late, hide):
+    task_.enqueue()
+def tell(task_result, **_):
+    print(task_result.errors[0].traceback.splitlines()[-1])
+signals.task_finished.connect(tell)
+work()
+work()
+signals.task_finished.disconnect(tell)""",
+        """default 1 retry
+default 1 retry
+default 1 retry
+TypeError: shop.tasks.draw returned a generator, which runs only if something reads it: \
+expected a function that runs when it is called
+default 2 dead_letter
+TypeError: shop.tasks.draw_late returned a generator, which runs only if something reads \
+it: expected a function that runs when it is called
+default 2 dead_letter
+TypeError: shop.tasks.hide returned what is to be awaited, but is no coroutine function: \
+expected async def, also of what a decorator returns
+default 2 dead_letter""",
     ),
     "signals of what is ignored": (
         """skip.enqueue()
