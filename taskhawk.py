@@ -9705,9 +9705,9 @@ def _find_claims() -> _Claims:
     if table is None:
         example = _SETTINGS["TASKHAWK_CLAIMS_TABLE"].example
         raise ConfigurationError(
-            "TASKHAWK_CLAIMS_TABLE is not set: on SQS, once, unique and limit need a"
-            f" DynamoDB table: set its name, such as {example!r}, and run python -m"
-            " taskhawk provision"
+            "TASKHAWK_CLAIMS_TABLE is not set: on SQS, once, unique, limit, pause and"
+            f" max_workers need a DynamoDB table: set its name, such as {example!r},"
+            " and run python -m taskhawk provision"
         )
     return typing.cast("_Claims", _brokers.get(f"dynamodb:{table}"))
 
@@ -10436,9 +10436,13 @@ def _may_receive(worker: Worker, queue: str) -> bool:
 def _begin_keeping(
     worker: Worker, stop: threading.Event
 ) -> Callable[[], object] | None:
-    """Have a worker keep its places, also while all that it may run is running."""
+    """Have a worker keep its places, also while all that it may run is running.
+
+    :raises ConfigurationError: on SQS, if TASKHAWK_CLAIMS_TABLE is not set
+    """
     if worker.max_workers is None:
         return None
+    _find_claims()  # else it would receive nothing, and wait for the table for ever
     gate = _gate_of.setdefault(worker, _Gate(worker))
     return functools.partial(gate.keep, stop)
 

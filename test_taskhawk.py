@@ -16255,8 +16255,9 @@ class TestLambda:
 
 CLAIMS_TABLE = "taskhawk-claims"
 NO_TABLE = (
-    "TASKHAWK_CLAIMS_TABLE is not set: on SQS, once, unique and limit need a DynamoDB"
-    " table: set its name, such as 'taskhawk-claims', and run python -m taskhawk provision"
+    "TASKHAWK_CLAIMS_TABLE is not set: on SQS, once, unique, limit, pause and max_workers"
+    " need a DynamoDB table: set its name, such as 'taskhawk-claims', and run python -m"
+    " taskhawk provision"
 )
 
 
@@ -17490,15 +17491,13 @@ class TestPauses:
         assert taskhawk._begin_keeping(taskhawk.Worker(broker, ["Q"]), NEVER) is None
 
     def test_no_table(self, aws):
-        """Without a table, a worker looks nowhere; a pause says what is missing."""
+        """Without a table, a worker looks nowhere; who needs one says what is missing."""
         assert not taskhawk.is_paused(Priority.default)
         assert refused(taskhawk.pause, Priority.default) == NO_TABLE
-        assert (
-            taskhawk.Worker(
-                taskhawk._brokers.broker(), ["Q"], loop_count=1, wait_s=0
-            ).run()
-            == taskhawk.Ledger()
-        )
+        broker, once = taskhawk._brokers.broker(), {"loop_count": 1, "wait_s": 0}
+        worker = taskhawk.Worker(broker, ["Q"], max_workers=2, **once)
+        assert refused(worker.run) == NO_TABLE
+        assert taskhawk.Worker(broker, ["Q"], **once).run() == taskhawk.Ledger()
         assert "UpdateItem" not in aws.actions
 
     def test_commands(self, tmp_path, capsys):
