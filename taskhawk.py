@@ -2334,8 +2334,13 @@ _SQLITE_OPTIONS = {
 _LOCKED_S = 30  # how long to wait for a file that another process has locked
 _FIRST_LOOK_S = 0.002  # the pause between looks for a message grows from this…
 _LAST_LOOK_S = 0.05  # …to this: twenty looks a second cost next to no CPU
-# The first process that had a queue in memory.
-_memory_pid = functools.cache(os.getpid)
+# The first process that had a queue in memory, by the name "pid".
+_memory_owner: dict[str, int] = {}
+
+
+def _is_in_memory(url: str) -> bool:
+    """Return whether a URL is of a queue in the memory of one process."""
+    return re.match(r"sqlite://(\?|$)", url) is not None
 
 
 def _parse_sqlite_url(url: str) -> tuple[str, float, int]:
@@ -2384,7 +2389,8 @@ class _SqliteFile:
         self.lock = threading.RLock()
         self._db: Any = None
         self._inode: tuple[int, int] | None = None
-        if not path and _memory_pid() != os.getpid():
+        pid = self.pid
+        if not path and _memory_owner.setdefault("pid", pid) != pid:
             raise ConfigurationError(
                 "sqlite:// is the memory of one process, and this is another:"
                 " use a file, such as sqlite:///queue.db"
@@ -9311,6 +9317,8 @@ def _serve_worker(argv: Sequence[str]) -> int:
     _die_with_parent()
     if os.getppid() != worker:  # it died before that
         return 1
+    # What is dispatched to the memory of this process would be lost.
+    _memory_owner["pid"] = worker
     # What a task starts must not keep the socket open.
     os.set_inheritable(number, False)  # noqa: FBT003
     report = _Report(number)
@@ -9398,7 +9406,7 @@ def _read_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _broker_of_child() -> Broker | None:
     """Return the broker; None where the queue is in the memory of the worker."""
-    if settings.TASKHAWK_BROKER == "sqlite://":
+    if _is_in_memory(settings.TASKHAWK_BROKER):
         return None
     return _brokers.broker()
 
@@ -9997,7 +10005,6 @@ _KEEP_S = 86_400  # how long `once` remembers, if keep_s does not say
 _LAMBDA_RUN_S = 900  # a function runs no longer
 _FIRST_WAIT_S = 10  # for a claim that others have; it doubles each time…
 _LONGEST_WAIT_S = 160  # …up to this
-_MEMORY = r"sqlite://(\?|$)"  # a URL of a queue that is in memory
 _claim_faults = _Faults()
 
 
@@ -10115,7 +10122,7 @@ def _check_claims() -> None:
     for its_task in _registry.values():
         if _needs_claims(its_task):
             _find_claims()
-            if its_task.isolate and re.match(_MEMORY, settings.TASKHAWK_BROKER):
+            if its_task.isolate and _is_in_memory(settings.TASKHAWK_BROKER):
                 raise ConfigurationError(
                     f"{its_task.name}: sqlite:// is the memory of one process, where"
                     " the claims of an isolated task can't be: use a file, such as"

@@ -5339,6 +5339,11 @@ class TestSns:
 
 # --- 10. connections ------------------------------------------------------------------
 
+ONE_PROCESS = (
+    "sqlite:// is the memory of one process, and this is another: use a file, such as"
+    " sqlite:///queue.db"
+)
+
 
 def fork_in_c() -> int:
     """Fork as uWSGI does, so that Python does not see it.
@@ -5675,10 +5680,7 @@ class TestProcesses:
 
         assert forked(child, how)() == 0
         os.close(write)
-        assert os.read(read, 1000).decode() == (
-            "sqlite:// is the memory of one process, and this is another: use a file,"
-            " such as sqlite:///queue.db"
-        )
+        assert os.read(read, 1000).decode() == ONE_PROCESS
         os.close(read)
         task.dispatch(3)
         assert self.texts() == [1, 3]
@@ -14680,6 +14682,13 @@ def after_run(message, outcome, exception, duration_ms):
 def pid():
     note(os.getpid(), os.getppid())
 
+@taskhawk.task(isolate=True)
+def pass_on():
+    try:
+        pid.dispatch()
+    except taskhawk.ConfigurationError as error:
+        note(error)
+
 @taskhawk.task(time_limit=30)
 def meet():
     note(os.getpid())
@@ -15461,11 +15470,13 @@ class TestIsolation:
         isolated_work(loop_count=2)
         assert isolated_notes(isolated_jobs) == ["again 1", "again 2"]
 
-    def test_memory(self, isolated_jobs):
-        """Tasks can be isolated where the queue is in memory."""
-        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
-        isolated_jobs.pid.dispatch()
+    @pytest.mark.parametrize("options", ["", "?max_receive_count=9"])
+    def test_memory(self, isolated_jobs, options):
+        """Tasks can be isolated where the queue is in memory, which no child can reach."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite://{options}")
+        isolated_jobs.pass_on.dispatch()
         assert isolated_work() == {"received": 1, "acked": 1}
+        assert isolated_notes(isolated_jobs) == [ONE_PROCESS]
 
     def test_hooks(self, isolated_jobs):
         """Hooks run in the child, by their dotted paths."""
@@ -16748,6 +16759,18 @@ class TestOptionsOfState:
             "mail.send: sqlite:// is the memory of one process, where the claims of an"
             " isolated task can't be: use a file, such as sqlite:///queue.db"
         )
+
+    def test_memory_of_one_run(self, isolated, tmp_path, monkeypatch, caplog):
+        """A run that its message alone isolates is postponed where it can't have its claim."""
+        monkeypatch.syspath_prepend(tmp_path)
+        source = "import taskhawk\n@taskhawk.task(once=True)\ndef job(): pass\n"
+        module = isolated_import(tmp_path, claiming=source)
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+        module.job.with_options(time_limit=30).dispatch()
+        assert isolated_work() == {"received": 1, "postponed": 1}
+        text = f"claims: can't claim, goes on trying: {ONE_PROCESS}"
+        assert text in caplog.messages
+        del sys.modules["claiming"]
 
     def test_sync(self, sync):
         """In sync mode there is nobody else: nothing is claimed, and all is run."""
