@@ -4194,6 +4194,8 @@ async def _awaited(awaitable: Any, name: str) -> None:
 # What checks an option of :func:`task`, by its name: later parts add theirs. It is
 # called with the task, before that is registered, and the option's value.
 _more_options: dict[str, Callable[[Task[Any, Any], Any], object]] = {}
+# Those that change which arguments the task takes: the others are checked after that.
+_call_options: set[str] = set()
 
 
 class _MoreOptions(typing.TypedDict, total=False):
@@ -4300,8 +4302,8 @@ def task(
             setattr(made, option, value)
         made.options = more
         made.isolate = isolate or time_limit is not None
-        for option, value in more.items():
-            _more_options[option](made, value)
+        for option in sorted(more, key=lambda name: name not in _call_options):
+            _more_options[option](made, more[option])
         _register(made)
         if not name and fn.__module__ == "__main__":
             # Messages that taskhawk 1.4 queued call it by this name.
@@ -6072,6 +6074,7 @@ def _check_batch(made: Task[Any, Any], most: object) -> None:
 
 
 _more_options["batch"] = _check_batch
+_call_options.add("batch")
 _batch_tasks: set[str] = set()  # their names; without any, nothing is decoded twice
 
 
@@ -11278,6 +11281,7 @@ def _leave_arguments(made: Task[Any, Any], _declared: Any) -> None:
 
 
 _more_options["_django"] = _leave_arguments
+_call_options.add("_django")
 
 
 def _django_function(declared: Any, backend: type) -> Callable[..., Any]:

@@ -10077,6 +10077,18 @@ class TestBatchTasks:
             "shop.index: expected a function of one argument, the list of calls"
         )
 
+    @pytest.mark.parametrize("names", [("group", "batch"), ("batch", "group")])
+    def test_order_of_options(self, isolated, names):
+        """Other options are of what messages carry, in whichever order they are written."""
+
+        def index(calls: list[taskhawk.Call]) -> None:
+            """Do nothing."""
+
+        options = {"group": "customer", "batch": 5}
+        declare = taskhawk.task(name="shop.index", **{n: options[n] for n in names})
+        message = declare(index)._invocation._message((), {"customer": 7})
+        assert message.group_id == "7"
+
     def test_dispatch(self, memory, together):
         """It is dispatched with any arguments that are JSON, metadata and headers too."""
         index = taskhawk.Task.find_by_name("shop.index")
@@ -16561,6 +16573,10 @@ STATE_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"unique": ("item", "size")}, "unique: the function has no argument 'size'"),
     ({"unique": ("metadata",)}, "unique: the function has no argument 'metadata'"),
     ({"once": ("more",)}, "once: the function has no argument 'more'"),
+    (  # what takes calls has no arguments of its own
+        {"unique": ("item",), "batch": 5},
+        "unique: the function has no argument 'item'",
+    ),
     ({"keep_s": 60}, "keep_s: expected once= as well"),
     (
         {"once": True, "keep_s": 0},
@@ -18943,11 +18959,16 @@ with contextlib.suppress(TypeError):
 declared(once, time_limit=5)
 declared(once, time_limit=5, priority=1)
 tried(declared, once, time_limit=6)
+def needs(metadata): pass
+needs.__module__ = "rows"
+tried(declared, needs, schedule="rate(1 day)")
 taskhawk.task(name="rows.twice")(twice)
 tried(declared, twice)""",
         """InvalidTask: once has time_limit=-1: expected a number of seconds above 0
 InvalidTask: rows.once: the name of rows.once (<string>:1) is taken by rows.once \
 (<string>:1): rename one, or pass name= to @taskhawk.task
+InvalidTask: rows.needs has schedule='rate(1 day)': expected a function that can be \
+called without arguments (rows.needs: missing a required argument: 'metadata')
 InvalidTask: rows.twice: the name of rows.twice (<string>:2) is taken by rows.twice \
 (<string>:2): rename one, or pass name= to @taskhawk.task""",
     ),
