@@ -10986,6 +10986,8 @@ class _Ticker:
         for task in tasks:
             schedule = _schedule_of(task)
             rule = f"{_periodic_name(task)} {schedule.text} {schedule.timezone}"
+            if settings.TASKHAWK_QUEUE:  # a file may have queues of several services
+                rule += f" {settings.TASKHAWK_QUEUE}"
             self._tasks[rule] = task, schedule
         self._faults = _Faults()
         self._due_ms = 0  # when to look again
@@ -11011,7 +11013,10 @@ class _Ticker:
             self._faults.worked(where, what)
 
     def _queue_due(self) -> int:
-        """Queue what is due, and return when the next will be."""
+        """Queue what is due, and return when the next will be.
+
+        :raises Exception: if that fails for a task, once it is done for the others
+        """
         file = self._broker._file  # noqa: SLF001 - of this very file, as its tables are
         file.open()
         for statement in _SCHEDULE_TABLE:
@@ -11022,12 +11027,18 @@ class _Ticker:
             file.change(insert, (rule, _next_ms(schedule, now_ms)))
         select = "SELECT rule, due_ms FROM schedule WHERE"
         ours = f"rule IN ({_marks('?', list(self._tasks))})"
-        moments_ms = []
+        moments_ms: list[int] = []
+        failures: list[Exception] = []
         for rule, due_ms in file.read(f"{select} {ours}", list(self._tasks)):
-            if due_ms <= now_ms:
-                moments_ms.append(self._move_on(file, rule, due_ms, now_ms))
-            else:
+            if due_ms > now_ms:
                 moments_ms.append(due_ms)
+                continue
+            try:
+                moments_ms.append(self._move_on(file, rule, due_ms, now_ms))
+            except Exception as error:  # such as one of the function of its group
+                failures.append(error)
+        if failures:
+            raise failures[0]
         return min(moments_ms)
 
     def _move_on(self, file: _SqliteFile, rule: str, due_ms: int, now_ms: int) -> int:

@@ -18493,6 +18493,39 @@ class TestPeriodicTasks:
         assert received.group_id == group
         broker.close()
 
+    def test_group_fails(self, ticking, clock, tmp_path, caplog):
+        """A task whose group can't be told is tried again; the others are queued."""
+
+        def count(customer=7):
+            """Do nothing."""
+
+        group = worker_first(1, worker_raise(OSError("no route")))
+        options = {"group": lambda: group(int)}
+        taskhawk.task(name="Count", schedule=MINUTELY, **options)(count)
+        ticker = self.ticker(ticking)
+        ticker.look()
+        clock.now += 30
+        ids = []
+        for _ in range(2):
+            ticker.look()
+            ids.append([each[:10] for each in periodic_ids(tmp_path / "queue.db")])
+        assert ids == [["task.audit"], ["task.audit", "task.Count"]]
+        assert caplog.messages == [
+            f"{ticking.url('')}: can't queue periodic tasks, goes on trying: OSError('no route')"
+        ]
+
+    def test_services(self, ticking, clock, tmp_path):
+        """Services that share a file and the name of a task have a firing each."""
+        tickers = []
+        for queue in ("one", "two"):
+            taskhawk.configure(TASKHAWK_BROKER=ticking.url(""), TASKHAWK_QUEUE=queue)
+            tickers.append(self.ticker(ticking))
+            tickers[-1].look()
+        clock.now += 30
+        for ticker in tickers:
+            ticker.look()
+        assert len(periodic_ids(tmp_path / "queue.db")) == 2
+
     def test_names(self):
         """A schedule's name tells the task; a name that can't be one is a hash."""
         names = ["audit", "ä", "x" * 60, "app.tasks.audit"]
