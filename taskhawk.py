@@ -11194,10 +11194,18 @@ class _DjangoBackend:
         )
 
     def _send(self, message: Message, result: Any) -> None:
-        """Send a message, and tell that it is queued."""
+        """Send a message, and tell that it is queued; in sync mode, before it runs."""
+        if settings.TASKHAWK_SYNC:
+            self._tell_enqueued(result)
+            publish(message)
+        else:
+            publish(message)
+            self._tell_enqueued(result)
+
+    def _tell_enqueued(self, result: Any) -> None:
+        """Tell that a message is queued."""
         from django.tasks.signals import task_enqueued
 
-        publish(message)
         _note_enqueued(result)
         task_enqueued.send(type(self), task_result=result)
 

@@ -18933,7 +18933,8 @@ default 1 acknowledge""",
         """with override_settings(TASKHAWK_SYNC=True):
     watched(lambda: sell.enqueue("milk"))
     watched(lambda: tried(fail.enqueue))""",
-        """started RUNNING None [] 1 False
+        """enqueued READY None [] 0 False
+started RUNNING None [] 1 False
 sold 1 milk
 finished SUCCESSFUL 1 [] 1 True
 enqueued READY None [] 0 False
