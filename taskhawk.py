@@ -4820,6 +4820,7 @@ def _prepare(message: Message) -> _Ready:
         entry = _in_group(message, entry)
     if entry.delay_s > sender.max_delay_s and isinstance(sender, _AwsSender):
         sender = _brokers.get("schedule")
+        entry = entry._replace(attributes={})  # which no schedule has
     if entry.delay_s > sender.max_delay_s:
         raise ConfigurationError(
             f"{message.task_name}: the queue can hold a message back for at most"

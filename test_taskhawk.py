@@ -17840,6 +17840,10 @@ class TestLongDelays:
         sentence = refused(later.dispatch, text, error=error)
         largest = f"args[0] with {len(text) + 2}"
         assert sentence == too_large(262_145, 262_144, largest)
+        stubbed.add_response("create_schedule", {"ScheduleArn": "arn"})
+        later.with_headers(
+            a="x" * 150_000
+        ).dispatch()  # which is sent in the body alone
 
     @pytest.mark.slow
     def test_repeated(self, aws, mail):
