@@ -11346,7 +11346,9 @@ def _django_plain_function(declared: Any, backend: type) -> Callable[..., Any]:
 
 def _django_coroutine_function(declared: Any, backend: type) -> Callable[..., Any]:
     """Return what runs a coroutine function of Django's between its signals."""
-    from asgiref.sync import sync_to_async
+    import asyncio
+
+    from asgiref.sync import async_to_sync, sync_to_async
     from django.tasks.signals import task_finished, task_started
 
     # Receivers of signals, and the ORM, run in a thread of asgiref's, which has
@@ -11367,7 +11369,14 @@ def _django_coroutine_function(declared: Any, backend: type) -> Callable[..., An
                 await task_finished.asend(backend, task_result=run.result)
             await refresh(ran=True)
 
-    return call
+    def begin(*args: Any, **kwargs: Any) -> Any:
+        if settings.TASKHAWK_SYNC and not asyncio._get_running_loop():  # noqa: SLF001
+            # As Django's own backend does: what is not async comes back to this thread,
+            # which may be the one that asgiref's wait for, and its transaction.
+            return async_to_sync(call)(*args, **kwargs)
+        return call(*args, **kwargs)
+
+    return begin
 
 
 class _DjangoRun:

@@ -18648,6 +18648,10 @@ async def count_rows():
     print(await sync_to_async(lambda: connection.connection is not None)())
 
 @task
+async def peek():
+    print(await sync_to_async(lambda: connection.in_atomic_block)())
+
+@task
 def where():
     print(threading.current_thread() is threading.main_thread())
 
@@ -18944,6 +18948,24 @@ finished SUCCESSFUL 1 [] 1 True
 enqueued READY None [] 0 False
 started RUNNING None [] 1 False
 finished FAILED None ['ZeroDivisionError'] 1 True
+ZeroDivisionError: no stock""",
+    ),
+    "a coroutine in sync mode": (
+        """with override_settings(TASKHAWK_SYNC=True):
+    asyncio.run(rush.aenqueue("milk"))
+    async_to_sync(rush.aenqueue)("tea")
+    async def busy():
+        rush.enqueue("bread")
+    asyncio.run(busy())
+    with transaction.atomic():
+        peek.enqueue()
+        async_to_sync(peek.aenqueue)()
+    tried(fail_late.enqueue)""",
+        """rushed milk
+rushed tea
+rushed bread
+True
+True
 ZeroDivisionError: no stock""",
     ),
     "in a transaction": (
