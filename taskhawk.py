@@ -1095,6 +1095,20 @@ def _count_run() -> bool:
     return runs >= most
 
 
+def _run_as_django(coroutine: Any) -> None:
+    """Run a coroutine to its end as Django runs one, for what it does with asgiref.
+
+    What it awaits of sync_to_async, and so of the ORM, is done in this thread, with its
+    connections: in a test, these have the test's transaction. Elsewhere, asgiref would
+    wait for a thread that may be this one.
+    """
+
+    async def run() -> None:
+        await coroutine
+
+    sys.modules["asgiref.sync"].async_to_sync(run)()
+
+
 def _share_django_caches() -> None:
     """Make Django's caches in this context, so that its copies share their connections.
 
@@ -4120,6 +4134,8 @@ def _run_coroutine(coroutine: Any) -> None:
             pool.submit(context.run, _run_alone, coroutine).result()
     elif event_loop is not None:
         event_loop.run(coroutine)
+    elif settings.TASKHAWK_SYNC and "asgiref.sync" in sys.modules:
+        _run_as_django(coroutine)
     else:
         _run_alone(coroutine)
 
@@ -11346,9 +11362,7 @@ def _django_plain_function(declared: Any, backend: type) -> Callable[..., Any]:
 
 def _django_coroutine_function(declared: Any, backend: type) -> Callable[..., Any]:
     """Return what runs a coroutine function of Django's between its signals."""
-    import asyncio
-
-    from asgiref.sync import async_to_sync, sync_to_async
+    from asgiref.sync import sync_to_async
     from django.tasks.signals import task_finished, task_started
 
     # Receivers of signals, and the ORM, run in a thread of asgiref's, which has
@@ -11369,14 +11383,7 @@ def _django_coroutine_function(declared: Any, backend: type) -> Callable[..., An
                 await task_finished.asend(backend, task_result=run.result)
             await refresh(ran=True)
 
-    def begin(*args: Any, **kwargs: Any) -> Any:
-        if settings.TASKHAWK_SYNC and not asyncio._get_running_loop():  # noqa: SLF001
-            # As Django's own backend does: what is not async comes back to this thread,
-            # which may be the one that asgiref's wait for, and its transaction.
-            return async_to_sync(call)(*args, **kwargs)
-        return call(*args, **kwargs)
-
-    return begin
+    return call
 
 
 class _DjangoRun:

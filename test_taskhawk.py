@@ -2451,6 +2451,24 @@ class TestDjango:
             "acknowledge",
         ]
 
+    def test_coroutine_in_sync_mode(self, tmp_path):
+        """In sync mode, the ORM of a coroutine is in its caller's transaction."""
+        code = f"""{DJANGO_DATABASE}
+    import asyncio
+    from asgiref.sync import sync_to_async
+    use(TASKHAWK_SYNC=True)
+
+    @taskhawk.task
+    async def peek():
+        print(await sync_to_async(lambda: connection.in_atomic_block)())
+
+    with transaction.atomic():
+        peek.dispatch()
+    asyncio.run(peek.dispatch_async())
+    asyncio.run(sync_to_async(peek.dispatch)())
+    connection.close()"""
+        assert python_lines(tmp_path, code) == ["True", "False", "False"]
+
 
 # --- 5. messages ----------------------------------------------------------------------
 
