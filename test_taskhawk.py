@@ -16919,6 +16919,20 @@ class TestOnce:
         work_all(broker)
         assert runs == [(7, "A"), (8, "A"), (7, "B")]
 
+    def test_key_of_an_object(self, stored):
+        """The order in which a caller writes the members of an object does not count."""
+        broker, _ = stored
+        runs: list[Any] = []
+
+        def stock(item: dict[str, Any]) -> None:
+            runs.append(item)
+
+        job = taskhawk.task(name="shop.stock", once=("item",))(stock)
+        job.dispatch({"id": 7, "shop": "A"})
+        job.dispatch({"shop": "A", "id": 7})
+        work_all(broker)
+        assert len(runs) == 1
+
     def test_keys_of_services(self, stored):
         """Tasks of the same name in other services, and other tasks, have their own keys."""
         keys = set()
