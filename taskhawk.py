@@ -3837,7 +3837,8 @@ class Task(Generic[_P, _R]):
         # Threads and coroutines that copy the context know the task, too.
         token = _current.set(metadata)
         try:
-            result: Any = fn(*args, **kwargs)
+            with _this_process_alone():
+                result: Any = fn(*args, **kwargs)
             if result is None:
                 return  # most return nothing, and need no look at what it is
             if inspect.isawaitable(result):
@@ -3860,6 +3861,21 @@ class Task(Generic[_P, _R]):
         return f"Taskhawk task: {self.name}"
 
     __repr__ = __str__
+
+
+@contextlib.contextmanager
+def _this_process_alone() -> Iterator[None]:
+    """End a process that a task forks in this block and that comes back from it.
+
+    The run is its parent's, with the post hook and what surrounds it. In sync mode, the
+    process goes on as it would after a plain call.
+    """
+    process_id = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() != process_id and not settings.TASKHAWK_SYNC:
+            os._exit(0)  # pragma: no cover - the process is gone
 
 
 def _refuse_generator(result: object, name: str) -> None:
@@ -4150,15 +4166,10 @@ def _run_alone(coroutine: Any) -> None:
 
 async def _caught(coroutine: Any) -> BaseException | None:
     """Await a coroutine, and return its error: SystemExit would stop the loop."""
-    process_id = os.getpid()
     try:
         await coroutine
     except BaseException as error:
         return error
-    finally:
-        if os.getpid() != process_id:
-            # A process that the coroutine forked came back from it: as in _call_here().
-            os._exit(0)  # pragma: no cover - the process is gone
     return None
 
 
@@ -4195,7 +4206,8 @@ async def _awaited(awaitable: Any, name: str) -> None:
     begun: weakref.WeakSet[Any] = weakref.WeakSet()
     _begun.set(begun)
     try:
-        await awaitable
+        with _this_process_alone():
+            await awaitable
     finally:
         left = [each for each in begun if not each.done()]
         if left:
@@ -5706,23 +5718,9 @@ def _run(received: QueueMessage, began: float) -> None:
 
     def call() -> None:
         _surround(around, its_task, received)
-        _call_here(lambda: its_task.call(message, received.receipt_handle))
+        its_task.call(message, received.receipt_handle)
 
     _end_run(received, began, around, call)
-
-
-def _call_here(call: Callable[[], object]) -> None:
-    """Call a task, and end a process that the task forked and that comes back from it.
-
-    The run is its parent's, with the post hook and what surrounds it. In sync mode, the
-    process goes on as it would after a plain call.
-    """
-    process_id = os.getpid()
-    try:
-        call()
-    finally:
-        if os.getpid() != process_id and not settings.TASKHAWK_SYNC:
-            os._exit(0)  # pragma: no cover - the process is gone
 
 
 def _begin_run(received: QueueMessage) -> Message:
@@ -6150,9 +6148,8 @@ def _call_together(ready: Iterable[Call]) -> BaseException | None:
     if not calls:
         return None
     metadata = typing.cast("Metadata", calls[0].metadata)
-    call_together = _registry[metadata.task]._call_together  # noqa: SLF001 - its own
     try:
-        _call_here(lambda: call_together(calls))
+        _registry[metadata.task]._call_together(calls)  # noqa: SLF001 - its own
     except BaseException as error:
         return error
     return None
