@@ -1087,6 +1087,32 @@ def _refresh_django_connections(*, ran: bool = False) -> None:
         _log.exception("can't close the database connections")
 
 
+async def _refresh_after_coroutine() -> None:
+    """Close the connections because of which the run of a coroutine may have failed.
+
+    What coroutines do with the ORM is done by the connections of one thread of
+    asgiref's. Those that can be used are left alone, for other runs may read from them.
+    """
+    if "django.db" not in sys.modules or settings.TASKHAWK_SYNC:
+        return
+    from asgiref.sync import sync_to_async
+
+    with contextlib.suppress(RuntimeError):  # the process ends: no thread does it
+        await sync_to_async(_close_unusable_connections)()
+
+
+def _close_unusable_connections() -> None:
+    """Close those of this thread's connections with which nobody can work any more."""
+    try:
+        connections = sys.modules["django.db"].connections
+        for connection in connections.all(initialized_only=True):
+            is_open = connection.connection is not None
+            if is_open and connection.errors_occurred and not connection.is_usable():
+                connection.close()
+    except Exception:  # of the database, or Django is not set up
+        _log.exception("can't close the database connections")
+
+
 def _count_run() -> bool:
     """Count a run of this thread; return whether its connections are to be replaced."""
     runs: int = getattr(_slot, "runs", 0) + 1
@@ -4208,6 +4234,9 @@ async def _awaited(awaitable: Any, name: str) -> None:
     try:
         with _this_process_alone():
             await awaitable
+    except Exception:
+        await _refresh_after_coroutine()
+        raise
     finally:
         left = [each for each in begun if not each.done()]
         if left:
@@ -11362,9 +11391,11 @@ def _django_coroutine_function(declared: Any, backend: type) -> Callable[..., An
     from asgiref.sync import sync_to_async
     from django.tasks.signals import task_finished, task_started
 
-    # Receivers of signals, and the ORM, run in a thread of asgiref's, which has
-    # connections of its own.
-    refresh = sync_to_async(_refresh_django_connections)
+    async def refresh(*, ran: bool = False) -> None:
+        # Receivers of signals, and the ORM, run in a thread of asgiref's, which has
+        # connections of its own. In sync mode, they are the caller's.
+        if not settings.TASKHAWK_SYNC:
+            await sync_to_async(_refresh_django_connections)(ran=ran)
 
     async def call(*args: Any, **kwargs: Any) -> None:
         run = _DjangoRun(declared, args, kwargs)

@@ -2451,6 +2451,46 @@ class TestDjango:
             "acknowledge",
         ]
 
+    def test_coroutine_fails(self, tmp_path):
+        """A connection that can't be used is made anew once a coroutine has failed of it."""
+        code = f"""{DJANGO_DATABASE}
+    import asyncio
+    from asgiref.sync import sync_to_async
+    use()
+    logging.disable()
+
+    @taskhawk.task
+    async def ask():
+        await sync_to_async(query)()
+
+    def in_their_thread(call, *args):
+        asyncio.run(sync_to_async(call)(*args))
+
+    def run():
+        fates = [taskhawk.process(body("__main__.ask")).fate for _ in range(3)]
+        print(*[fate.name for fate in fates])
+
+    def lose(is_usable):
+        connection.is_usable = is_usable
+        connection.connection.close()
+
+    run()
+    in_their_thread(lose, lambda: False)
+    run()
+    in_their_thread(lose, lambda: True)
+    run()
+    gone = mock.Mock(side_effect=OSError("no route"))
+    in_their_thread(lose, gone)
+    with mock.patch.object(taskhawk._log, "exception", print):
+        taskhawk.process(body("__main__.ask"))
+    in_their_thread(lambda: connection.close())"""
+        assert python_lines(tmp_path, code) == [
+            "acknowledge acknowledge acknowledge",
+            "retry acknowledge acknowledge",
+            "retry retry retry",  # as it is usable, it is not to blame
+            "can't close the database connections",
+        ]
+
     def test_coroutine_in_sync_mode(self, tmp_path):
         """In sync mode, the ORM of a coroutine is in its caller's transaction."""
         code = f"""{DJANGO_DATABASE}
