@@ -11375,7 +11375,9 @@ def _django_plain_function(declared: Any, backend: type) -> Callable[..., Any]:
         run = _DjangoRun(declared, args, kwargs)
         task_started.send(backend, task_result=run.result)
         try:
-            run.succeeded(declared.func(*run.context, *args, **kwargs))
+            with _this_process_alone():
+                value = declared.func(*run.context, *args, **kwargs)
+            run.succeeded(value)
         except BaseException as error:
             run.failed(error)
             raise
@@ -11402,7 +11404,9 @@ def _django_coroutine_function(declared: Any, backend: type) -> Callable[..., An
         await refresh()
         await task_started.asend(backend, task_result=run.result)
         try:
-            run.succeeded(await declared.func(*run.context, *args, **kwargs))
+            with _this_process_alone():
+                value = await declared.func(*run.context, *args, **kwargs)
+            run.succeeded(value)
         except BaseException as error:
             run.failed(error)
             raise

@@ -18656,7 +18656,7 @@ TASKS = {
 }
 """
 DJANGO_SHOP = """
-import threading
+import os, threading, warnings
 import taskhawk
 from asgiref.sync import sync_to_async
 from django.db import connection
@@ -18713,6 +18713,19 @@ class Awaitable:
 @task
 def hide():
     return Awaitable()
+
+def fork():
+    with warnings.catch_warnings(action="ignore"):
+        forked = os.fork()
+    return forked and os.waitpid(forked, 0)[1]
+
+@task
+def split():
+    return fork()
+
+@task
+async def split_late():
+    return fork()
 
 @task
 async def count_rows():
@@ -18977,6 +18990,17 @@ default 1 retry
 started RUNNING None [] 2 False
 finished FAILED None ['ZeroDivisionError'] 2 True
 default 2 dead_letter
+"""
+        * 2,
+    ),
+    "signals of what is forked": (
+        """sys.stdout.flush()
+for task_ in (split, split_late):
+    task_.enqueue()
+    watched(work)""",
+        """started RUNNING None [] 1 False
+finished SUCCESSFUL 0 [] 1 True
+default 1 acknowledge
 """
         * 2,
     ),
