@@ -11009,6 +11009,7 @@ _SCHEDULE_TABLE = (
 )
 _NEVER_MS = 10**15
 _LONGEST_NAP_S = 60  # a machine may sleep meanwhile, which no wait notices
+_SET_BACK_S = 3 * 3600  # a clock set back by more was wrong before: no firing waits
 
 
 class _Ticker:
@@ -11065,9 +11066,12 @@ class _Ticker:
         for statement in _SCHEDULE_TABLE:
             file.change(statement, ())
         now_ms = self._in_ms()
+        forget = "DELETE FROM schedule WHERE sent_ms > ?"
+        file.change(forget, (self._in_ms(_SET_BACK_S),))
         for rule, (_, schedule) in self._tasks.items():
-            insert = "INSERT OR IGNORE INTO schedule (rule, due_ms) VALUES (?, ?)"
-            file.change(insert, (rule, _next_ms(schedule, now_ms)))
+            insert = """INSERT OR IGNORE INTO schedule (rule, due_ms, sent_ms)
+                VALUES (?, ?, ?)"""
+            file.change(insert, (rule, _next_ms(schedule, now_ms), now_ms))
         select = "SELECT rule, due_ms FROM schedule WHERE"
         ours = f"rule IN ({_marks('?', list(self._tasks))})"
         moments_ms: list[int] = []

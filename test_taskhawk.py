@@ -18435,6 +18435,20 @@ class TestPeriodicTasks:
         self.ticker(ticking).look()
         assert len(periodic_ids(tmp_path / "queue.db")) == 2
 
+    @pytest.mark.parametrize(("back_s", "again_s"), [(10_800, 10_830), (10_801, 31)])
+    @pytest.mark.parametrize("fired", [False, True])
+    def test_clock_set_back(self, ticking, clock, tmp_path, back_s, again_s, fired):  # noqa: PLR0917
+        """A clock that was hours ahead keeps no firing waiting; a small change repeats none."""
+        ticker = self.ticker(ticking)
+        ticker.look()
+        if fired:
+            clock.now += 60
+            ticker.look()
+        clock.now -= back_s
+        ticker.look()
+        assert ticker._due_ms == (clock.now + again_s) * 1000
+        assert len(periodic_ids(tmp_path / "queue.db")) == fired
+
     def test_changed(self, ticking, clock, tmp_path):
         """A schedule that is changed begins anew: nothing is due at once."""
         self.ticker(ticking).look()
