@@ -10611,8 +10611,24 @@ class _Scheduler(_AwsSender):
         body = entry.body.replace("<aws.", r"\u003caws.")
         target = _target(destination, body, entry.group_id)
         parameters = {**self._parameters(entry), "Target": target}
-        self.call("send", "create_schedule", _schedule_group(), **parameters)
+        try:
+            self.call("send", "create_schedule", _schedule_group(), **parameters)
+        except Exception as error:
+            if _error_code(error) != "ConflictException" or not self._has(parameters):
+                raise
         return []
+
+    def _has(self, wanted: Mapping[str, Any]) -> bool:
+        """Return whether this very schedule is there: the answer to its call was lost.
+
+        Whoever publishes the message again is to be told that it is accepted.
+        """
+        found = None
+        with contextlib.suppress(Exception):  # then nobody can tell
+            found = self._call_on(wanted["Name"], "get_schedule")
+        if found is None or found["Target"]["Input"] != wanted["Target"]["Input"]:
+            return False
+        return bool(found["ScheduleExpression"] == wanted["ScheduleExpression"])
 
     def _parameters(self, entry: Outgoing) -> dict[str, Any]:
         """Return when a message is to be sent, by a schedule of its name.

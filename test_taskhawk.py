@@ -17929,6 +17929,39 @@ class TestLongDelays:
         tokens = [data["ClientToken"] for data in aws.asked("CreateSchedule")]
         assert tokens[0] == tokens[1] != tokens[2]
 
+    @pytest.mark.parametrize(
+        ("change", "is_accepted"),
+        [
+            ({}, True),
+            ({"ScheduleExpression": "at(2099-01-01T00:00:00)"}, False),
+            ({"Target": {"Arn": QUEUE_ARN, "RoleArn": ROLE, "Input": "{}"}}, False),
+            (None, False),
+        ],
+    )
+    def test_published_again(self, stubbed, mail, change, is_accepted):
+        """What was accepted, though the answer was lost, is so again; another is refused."""
+        sent = []
+        stubbed.client.meta.events.register(
+            "provide-client-params.scheduler.CreateSchedule",
+            lambda params, **_: sent.append(params),
+        )
+        message = mail.with_delay(timedelta(days=2))._message((), {})
+        stubbed.add_client_error("create_schedule", "InternalServerException")
+        with pytest.raises(botocore.exceptions.ClientError):
+            taskhawk.publish(message)
+        stubbed.add_client_error("create_schedule", "ConflictException")
+        if change is None:
+            stubbed.add_client_error("get_schedule", "AccessDeniedException")
+        else:
+            names = ("ScheduleExpression", "Target")
+            made = {name: sent[0][name] for name in names}
+            stubbed.add_response("get_schedule", {**made, **change})
+        if is_accepted:
+            assert taskhawk.publish(message) == message.id
+        else:
+            with pytest.raises(botocore.exceptions.ClientError, match="Conflict"):
+                taskhawk.publish(message)
+
     def test_at_once(self, aws, mail):
         """Dispatches at the same time make a request each, and each has its own answer."""
         configure_aws(aws.url, "app", TASKHAWK_SCHEDULER_ROLE=ROLE)
