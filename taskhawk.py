@@ -3863,7 +3863,7 @@ class Task(Generic[_P, _R]):
         # Threads and coroutines that copy the context know the task, too.
         token = _current.set(metadata)
         try:
-            with _this_process_alone():
+            with _InOneProcess():
                 result: Any = fn(*args, **kwargs)
             if result is None:
                 return  # most return nothing, and need no look at what it is
@@ -3889,18 +3889,18 @@ class Task(Generic[_P, _R]):
     __repr__ = __str__
 
 
-@contextlib.contextmanager
-def _this_process_alone() -> Iterator[None]:
-    """End a process that a task forks in this block and that comes back from it.
+class _InOneProcess:
+    """Ends a process that a task forks in this block and that comes back from it.
 
     The run is its parent's, with the post hook and what surrounds it. In sync mode, the
     process goes on as it would after a plain call.
     """
-    process_id = os.getpid()
-    try:
-        yield
-    finally:
-        if os.getpid() != process_id and not settings.TASKHAWK_SYNC:
+
+    def __enter__(self) -> None:
+        self._process_id = os.getpid()
+
+    def __exit__(self, *_: object) -> None:
+        if os.getpid() != self._process_id and not settings.TASKHAWK_SYNC:
             os._exit(0)  # pragma: no cover - the process is gone
 
 
@@ -4232,7 +4232,7 @@ async def _awaited(awaitable: Any, name: str) -> None:
     begun: weakref.WeakSet[Any] = weakref.WeakSet()
     _begun.set(begun)
     try:
-        with _this_process_alone():
+        with _InOneProcess():
             await awaitable
     except Exception:
         await _refresh_after_coroutine()
@@ -11395,7 +11395,7 @@ def _django_plain_function(declared: Any, backend: type) -> Callable[..., Any]:
         run = _DjangoRun(declared, args, kwargs)
         task_started.send(backend, task_result=run.result)
         try:
-            with _this_process_alone():
+            with _InOneProcess():
                 value = declared.func(*run.context, *args, **kwargs)
             run.succeeded(value)
         except BaseException as error:
@@ -11424,7 +11424,7 @@ def _django_coroutine_function(declared: Any, backend: type) -> Callable[..., An
         await refresh()
         await task_started.asend(backend, task_result=run.result)
         try:
-            with _this_process_alone():
+            with _InOneProcess():
                 value = await declared.func(*run.context, *args, **kwargs)
             run.succeeded(value)
         except BaseException as error:
