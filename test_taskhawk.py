@@ -16960,8 +16960,9 @@ class TestOnce:
         for other in ((7,), (8,), (7, "B")):
             job.with_headers(number=1).dispatch(*other)
         job.dispatch(*args, **kwargs)
+        job.dispatch(7, by=None)  # which is not the default
         work_all(broker)
-        assert runs == [(7, "A"), (8, "A"), (7, "B")]
+        assert runs == [(7, "A"), (8, "A"), (7, "B"), (7, "A")]
 
     def test_key_of_an_object(self, stored):
         """The order in which a caller writes the members of an object does not count."""
