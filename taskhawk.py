@@ -1093,8 +1093,10 @@ async def _refresh_after_coroutine() -> None:
     What coroutines do with the ORM is done by the connections of one thread of
     asgiref's. Those that can be used are left alone, for other runs may read from them.
     """
-    if "django.db" not in sys.modules or settings.TASKHAWK_SYNC:
+    if "django.db" not in sys.modules or not _django_settings():
         return
+    if settings.TASKHAWK_SYNC:
+        return  # they are the caller's
     from asgiref.sync import sync_to_async
 
     with contextlib.suppress(RuntimeError):  # the process ends: no thread does it
@@ -1109,7 +1111,7 @@ def _close_unusable_connections() -> None:
             is_open = connection.connection is not None
             if is_open and connection.errors_occurred and not connection.is_usable():
                 connection.close()
-    except Exception:  # of the database, or Django is not set up
+    except Exception:  # of the database
         _log.exception("can't close the database connections")
 
 
@@ -11397,6 +11399,7 @@ def _django_plain_function(declared: Any, backend: type) -> Callable[..., Any]:
         try:
             with _InOneProcess():
                 value = declared.func(*run.context, *args, **kwargs)
+            _refuse_what_has_not_run(value, declared.module_path)
             run.succeeded(value)
         except BaseException as error:
             run.failed(error)
@@ -11406,6 +11409,16 @@ def _django_plain_function(declared: Any, backend: type) -> Callable[..., Any]:
                 task_finished.send(backend, task_result=run.result)
 
     return call
+
+
+def _refuse_what_has_not_run(value: object, name: str) -> None:
+    """Raise TypeError if a function returned what something else would have to run."""
+    if inspect.isawaitable(value):
+        raise TypeError(
+            f"{name} returned what is to be awaited, but is no coroutine function:"
+            " expected async def, also of what a decorator returns"
+        )
+    _refuse_generator(value, name)
 
 
 def _django_coroutine_function(declared: Any, backend: type) -> Callable[..., Any]:
@@ -11474,17 +11487,7 @@ class _DjangoRun:
             self.context.append(TaskContext(task_result=self.result))
 
     def succeeded(self, value: Any) -> None:
-        """Note that the function has returned.
-
-        :raises TypeError: if it has not run yet
-        """
-        name = self._metadata.task
-        if inspect.isawaitable(value):
-            raise TypeError(
-                f"{name} returned what is to be awaited, but is no coroutine function:"
-                " expected async def, also of what a decorator returns"
-            )
-        _refuse_generator(value, name)
+        """Note that the function has returned."""
         self._ended(self._status.SUCCESSFUL)
         _set_fields(self.result, _return_value=value)
 
