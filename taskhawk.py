@@ -1087,12 +1087,25 @@ def _refresh_django_connections(*, ran: bool = False) -> None:
         _log.exception("can't close the database connections")
 
 
-async def _refresh_after_coroutine() -> None:
-    """Close the connections because of which the run of a coroutine may have failed.
+# The runs of coroutines that are under way. What they do with the ORM is done in one
+# thread of asgiref's, one thing after another, by the connections of that thread.
+_coroutine_runs: set[object] = set()
 
-    What coroutines do with the ORM is done by the connections of one thread of
-    asgiref's. Those that can be used are left alone, for other runs may read from them.
+
+def _refresh_shared_connections(*, ran: bool = False) -> None:
+    """Do as :func:`_refresh_django_connections` in the thread for coroutines.
+
+    While others run, they may be reading from a connection that is only obsolete. One
+    that begins meanwhile comes here before, or waits for this thread.
     """
+    if len(_coroutine_runs) > 1:
+        _close_unusable_connections()
+    else:
+        _refresh_django_connections(ran=ran)
+
+
+async def _refresh_after_coroutine() -> None:
+    """Close the connections because of which the run of a coroutine may have failed."""
     if "django.db" not in sys.modules or not _django_settings():
         return
     if settings.TASKHAWK_SYNC:
@@ -4233,6 +4246,8 @@ async def _awaited(awaitable: Any, name: str) -> None:
     """
     begun: weakref.WeakSet[Any] = weakref.WeakSet()
     _begun.set(begun)
+    run = object()
+    _coroutine_runs.add(run)
     try:
         with _InOneProcess():
             await awaitable
@@ -4240,6 +4255,7 @@ async def _awaited(awaitable: Any, name: str) -> None:
         await _refresh_after_coroutine()
         raise
     finally:
+        _coroutine_runs.remove(run)
         left = [each for each in begun if not each.done()]
         if left:
             names = sorted(_qualname(each.get_coro()) for each in left)
@@ -11430,7 +11446,7 @@ def _django_coroutine_function(declared: Any, backend: type) -> Callable[..., An
         # Receivers of signals, and the ORM, run in a thread of asgiref's, which has
         # connections of its own. In sync mode, they are the caller's.
         if not settings.TASKHAWK_SYNC:
-            await sync_to_async(_refresh_django_connections)(ran=ran)
+            await sync_to_async(_refresh_shared_connections)(ran=ran)
 
     async def call(*args: Any, **kwargs: Any) -> None:
         run = _DjangoRun(declared, args, kwargs)

@@ -18708,7 +18708,7 @@ TASKS = {
 }
 """
 DJANGO_SHOP = """
-import os, threading, warnings
+import asyncio, os, threading, warnings
 import taskhawk
 from asgiref.sync import sync_to_async
 from django.db import connection
@@ -18783,6 +18783,16 @@ async def split_late():
 async def count_rows():
     await sync_to_async(lambda: connection.ensure_connection())()
     print(await sync_to_async(lambda: connection.connection is not None)())
+
+began, end = threading.Event(), threading.Event()
+
+@task
+async def hold():
+    await sync_to_async(lambda: connection.ensure_connection())()
+    held = await sync_to_async(lambda: connection.connection)()
+    began.set()
+    await asyncio.to_thread(end.wait)
+    print(await sync_to_async(lambda: connection.connection is held)())
 
 @task
 async def peek():
@@ -19146,6 +19156,22 @@ TypeError: shop.tasks.later: missing a required argument: 'what'
 work()
 print(asyncio.run(sync_to_async(lambda: connection.connection)()))""",
         "True\ndefault 1 acknowledge\nNone",
+    ),
+    "a connection of several coroutines": (
+        """hold.enqueue()
+working = threading.Thread(target=work)
+working.start()
+began.wait()
+rush.enqueue("milk")
+work()
+end.set()
+working.join()
+print(asyncio.run(sync_to_async(lambda: connection.connection)()))""",
+        """rushed milk
+high 1 acknowledge
+True
+default 1 acknowledge
+None""",
     ),
     "options of tasks": (
         """for name in ("sell", "apart", "stubborn"):
