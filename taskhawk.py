@@ -66,7 +66,7 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (367): publish, _send_one, _Lane._conclude, _Lane._send_together, _accepted,
+    1 (370): publish, _send_one, _Lane._conclude, _Lane._send_together, _accepted,
         _send_all_ready, _partial_failure, _send_all, _in_batches, _one_round,
         SqliteBroker.send, SqliteBroker._claim, SqliteBroker.delete, _SqliteFile.change,
         _use_write_ahead_log, _AwsSender._batch, SqsBroker.send, SqsBroker.delete,
@@ -96,7 +96,7 @@ What to read for each promise, and how many statements that is
         _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
-    7 (210): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
+    7 (211): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
         _Brokers.before_fork, _Brokers.after_fork, _close_sqlite_files,
         _release_sqlite_files, _Signals, _hold_signals, _release_signals,
         _forget_signals, _path_of_children, _Child._start_process,
