@@ -10730,7 +10730,7 @@ def _cancel_in_file(broker: SqliteBroker, message_id: str) -> bool:
         AND visible_ms < ? AND receipt IS NULL AND instr(attributes, ?) = 0
         AND substr(body, 1, ?) = ?"""
     now_ms = broker._in_ms()  # noqa: SLF001
-    postponed = json.dumps(_POSTPONED_ATTRIBUTE)
+    postponed = json.dumps(_POSTPONED_ATTRIBUTE) + ":"  # the name, not a header's value
     values = (*queues, now_ms, _BEHIND, postponed, len(beginning), beginning)
     file = broker._file  # noqa: SLF001 - both are of this very file
     return file.change(f"{delete} {where}", values) > 0

@@ -18075,6 +18075,7 @@ class TestCancel:
     def test_sqlite(self, sqlite, mail, message_id):
         """On SQLite, it is the row of just that message."""
         message = Message.new("mail.send", msg_id=message_id, priority=Priority.bulk)
+        message.headers["why"] = "taskhawk.postponed"  # which is no attribute of ours
         message.delay_s = 60
         other = mail.with_delay(60).dispatch()
         taskhawk.publish(message)
