@@ -10157,6 +10157,7 @@ def _check_limit(made: Task[Any, Any], value: object) -> None:
         raise ConfigurationError(
             f"{made.name}: limit: expected taskhawk.limit(…), got {value!r}"
         )
+    limit(value.most, per=value.per, every_s=value.every_s)  # it may be made by hand
     _check_arguments("limit", made, value.per)
     if value.every_s is None and made.time_limit is None:
         raise ConfigurationError(

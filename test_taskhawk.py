@@ -16796,9 +16796,11 @@ class TestOptionsOfState:
         ],
     )
     def test_limit_refused(self, call, sentence):
-        """A limit that makes no sense is refused where it is written."""
+        """A limit that makes no sense is refused where it is written, or else declared."""
         args, kwargs = call
         assert refused(taskhawk.limit, *args, **kwargs) == f"limit: {sentence}"
+        declare = taskhawk.task(limit=taskhawk.Limit(*args, **kwargs))
+        assert refused(declare, plain) == f"limit: {sentence}"
 
     def test_switched_off(self, stored):
         """False is as good as leaving an option out."""
