@@ -66,7 +66,7 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (367): publish, _send_one, _Lane._conclude, _Lane._send_together, _accepted,
+    1 (370): publish, _send_one, _Lane._conclude, _Lane._send_together, _accepted,
         _send_all_ready, _partial_failure, _send_all, _in_batches, _one_round,
         SqliteBroker.send, SqliteBroker._claim, SqliteBroker.delete, _SqliteFile.change,
         _use_write_ahead_log, _AwsSender._batch, SqsBroker.send, SqsBroker.delete,
@@ -96,7 +96,7 @@ What to read for each promise, and how many statements that is
         _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
-    7 (210): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
+    7 (211): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
         _Brokers.before_fork, _Brokers.after_fork, _close_sqlite_files,
         _release_sqlite_files, _Signals, _hold_signals, _release_signals,
         _forget_signals, _path_of_children, _Child._start_process,
@@ -1094,12 +1094,67 @@ def _refresh_django_connections(*, ran: bool = False) -> None:
         _log.exception("can't close the database connections")
 
 
+# The runs of coroutines that are under way. What they do with the ORM is done in one
+# thread of asgiref's, one thing after another, by the connections of that thread.
+_coroutine_runs: set[object] = set()
+
+
+def _refresh_shared_connections(*, ran: bool = False) -> None:
+    """Do as :func:`_refresh_django_connections` in the thread for coroutines.
+
+    While others run, they may be reading from a connection that is only obsolete. One
+    that begins meanwhile comes here before, or waits for this thread.
+    """
+    if len(_coroutine_runs) > 1:
+        _close_unusable_connections()
+    else:
+        _refresh_django_connections(ran=ran)
+
+
+async def _refresh_after_coroutine() -> None:
+    """Close the connections because of which the run of a coroutine may have failed."""
+    if "django.db" not in sys.modules or not _django_settings():
+        return
+    if settings.TASKHAWK_SYNC:
+        return  # they are the caller's
+    from asgiref.sync import sync_to_async
+
+    with contextlib.suppress(RuntimeError):  # the process ends: no thread does it
+        await sync_to_async(_close_unusable_connections)()
+
+
+def _close_unusable_connections() -> None:
+    """Close those of this thread's connections with which nobody can work any more."""
+    try:
+        connections = sys.modules["django.db"].connections
+        for connection in connections.all(initialized_only=True):
+            is_open = connection.connection is not None
+            if is_open and connection.errors_occurred and not connection.is_usable():
+                connection.close()
+    except Exception:  # of the database
+        _log.exception("can't close the database connections")
+
+
 def _count_run() -> bool:
     """Count a run of this thread; return whether its connections are to be replaced."""
     runs: int = getattr(_slot, "runs", 0) + 1
     most: int = settings.TASKHAWK_MAX_DB_REUSE_LOOPS
     _slot.runs = runs % most
     return runs >= most
+
+
+def _run_as_django(coroutine: Any) -> None:
+    """Run a coroutine to its end as Django runs one, for what it does with asgiref.
+
+    What it awaits of sync_to_async, and so of the ORM, is done in this thread, with its
+    connections: in a test, these have the test's transaction. Elsewhere, asgiref would
+    wait for a thread that may be this one.
+    """
+
+    async def run() -> None:
+        await coroutine
+
+    sys.modules["asgiref.sync"].async_to_sync(run)()
 
 
 def _share_django_caches() -> None:
@@ -2341,8 +2396,13 @@ _SQLITE_OPTIONS = {
 _LOCKED_S = 30  # how long to wait for a file that another process has locked
 _FIRST_LOOK_S = 0.002  # the pause between looks for a message grows from this…
 _LAST_LOOK_S = 0.05  # …to this: twenty looks a second cost next to no CPU
-# The first process that had a queue in memory.
-_memory_pid = functools.cache(os.getpid)
+# The first process that had a queue in memory, by the name "pid".
+_memory_owner: dict[str, int] = {}
+
+
+def _is_in_memory(url: str) -> bool:
+    """Return whether a URL is of a queue in the memory of one process."""
+    return re.match(r"sqlite://(\?|$)", url) is not None
 
 
 def _parse_sqlite_url(url: str) -> tuple[str, float, int]:
@@ -2391,7 +2451,8 @@ class _SqliteFile:
         self.lock = threading.RLock()
         self._db: Any = None
         self._inode: tuple[int, int] | None = None
-        if not path and _memory_pid() != os.getpid():
+        pid = self.pid
+        if not path and _memory_owner.setdefault("pid", pid) != pid:
             raise ConfigurationError(
                 "sqlite:// is the memory of one process, and this is another:"
                 " use a file, such as sqlite:///queue.db"
@@ -3824,16 +3885,14 @@ class Task(Generic[_P, _R]):
         # Threads and coroutines that copy the context know the task, too.
         token = _current.set(metadata)
         try:
-            result: Any = fn(*args, **kwargs)
+            with _InOneProcess():
+                result: Any = fn(*args, **kwargs)
             if result is None:
                 return  # most return nothing, and need no look at what it is
             if inspect.isawaitable(result):
                 _run_coroutine(_awaited(result, self.name))
-            elif isinstance(result, Generator | AsyncGenerator):
-                raise TypeError(
-                    f"{self.name} returned a generator, which runs only if something"
-                    " reads it: expected a function that runs when it is called"
-                )
+            else:
+                _refuse_generator(result, self.name)
         finally:
             _current.reset(token)
 
@@ -3850,6 +3909,30 @@ class Task(Generic[_P, _R]):
         return f"Taskhawk task: {self.name}"
 
     __repr__ = __str__
+
+
+class _InOneProcess:
+    """Ends a process that a task forks in this block and that comes back from it.
+
+    The run is its parent's, with the post hook and what surrounds it. In sync mode, the
+    process goes on as it would after a plain call.
+    """
+
+    def __enter__(self) -> None:
+        self._process_id = os.getpid()
+
+    def __exit__(self, *_: object) -> None:
+        if os.getpid() != self._process_id and not settings.TASKHAWK_SYNC:
+            os._exit(0)  # pragma: no cover - the process is gone
+
+
+def _refuse_generator(result: object, name: str) -> None:
+    """Raise TypeError if a task returned what has not run yet."""
+    if isinstance(result, Generator | AsyncGenerator):
+        raise TypeError(
+            f"{name} returned a generator, which runs only if something reads it:"
+            " expected a function that runs when it is called"
+        )
 
 
 def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
@@ -4115,6 +4198,8 @@ def _run_coroutine(coroutine: Any) -> None:
             pool.submit(context.run, _run_alone, coroutine).result()
     elif event_loop is not None:
         event_loop.run(coroutine)
+    elif settings.TASKHAWK_SYNC and "asgiref.sync" in sys.modules:
+        _run_as_django(coroutine)
     else:
         _run_alone(coroutine)
 
@@ -4129,15 +4214,10 @@ def _run_alone(coroutine: Any) -> None:
 
 async def _caught(coroutine: Any) -> BaseException | None:
     """Await a coroutine, and return its error: SystemExit would stop the loop."""
-    process_id = os.getpid()
     try:
         await coroutine
     except BaseException as error:
         return error
-    finally:
-        if os.getpid() != process_id:
-            # A process that the coroutine forked came back from it: see _Slot.
-            os._exit(0)  # pragma: no cover - the process is gone
     return None
 
 
@@ -4173,9 +4253,16 @@ async def _awaited(awaitable: Any, name: str) -> None:
     """
     begun: weakref.WeakSet[Any] = weakref.WeakSet()
     _begun.set(begun)
+    run = object()
+    _coroutine_runs.add(run)
     try:
-        await awaitable
+        with _InOneProcess():
+            await awaitable
+    except Exception:
+        await _refresh_after_coroutine()
+        raise
     finally:
+        _coroutine_runs.remove(run)
         left = [each for each in begun if not each.done()]
         if left:
             names = sorted(_qualname(each.get_coro()) for each in left)
@@ -4189,6 +4276,8 @@ async def _awaited(awaitable: Any, name: str) -> None:
 # What checks an option of :func:`task`, by its name: later parts add theirs. It is
 # called with the task, before that is registered, and the option's value.
 _more_options: dict[str, Callable[[Task[Any, Any], Any], object]] = {}
+# Those that change which arguments the task takes: the others are checked after that.
+_call_options: set[str] = set()
 
 
 class _MoreOptions(typing.TypedDict, total=False):
@@ -4295,8 +4384,8 @@ def task(
             setattr(made, option, value)
         made.options = more
         made.isolate = isolate or time_limit is not None
-        for option, value in more.items():
-            _more_options[option](made, value)
+        for option in sorted(more, key=lambda name: name not in _call_options):
+            _more_options[option](made, more[option])
         _register(made)
         if not name and fn.__module__ == "__main__":
             # Messages that taskhawk 1.4 queued call it by this name.
@@ -4813,6 +4902,7 @@ def _prepare(message: Message) -> _Ready:
         entry = _in_group(message, entry)
     if entry.delay_s > sender.max_delay_s and isinstance(sender, _AwsSender):
         sender = _brokers.get("schedule")
+        entry = entry._replace(attributes={})  # which no schedule has
     if entry.delay_s > sender.max_delay_s:
         raise ConfigurationError(
             f"{message.task_name}: the queue can hold a message back for at most"
@@ -6053,6 +6143,7 @@ def _check_batch(made: Task[Any, Any], most: object) -> None:
 
 
 _more_options["batch"] = _check_batch
+_call_options.add("batch")
 _batch_tasks: set[str] = set()  # their names; without any, nothing is decoded twice
 
 
@@ -7953,9 +8044,9 @@ class _Slot:
             return self.child.process(batch)
         finally:
             if os.getpid() != worker:
-                # A process that the task forked came back from it. The message is its
+                # A process that a hook forked came back from it. The message is its
                 # parent's, as are all threads and the children of slots.
-                os._exit(0)
+                os._exit(0)  # pragma: no cover - the process is gone
 
     def _pause(self, error: _CannotStart) -> None:
         """Try again and again to start a child, before anything else is run."""
@@ -9297,6 +9388,8 @@ def _serve_worker(argv: Sequence[str]) -> int:
     _die_with_parent()
     if os.getppid() != worker:  # it died before that
         return 1
+    # What is dispatched to the memory of this process would be lost.
+    _memory_owner["pid"] = worker
     # What a task starts must not keep the socket open.
     os.set_inheritable(number, False)  # noqa: FBT003
     report = _Report(number)
@@ -9384,7 +9477,7 @@ def _read_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _broker_of_child() -> Broker | None:
     """Return the broker; None where the queue is in the memory of the worker."""
-    if settings.TASKHAWK_BROKER == "sqlite://":
+    if _is_in_memory(settings.TASKHAWK_BROKER):
         return None
     return _brokers.broker()
 
@@ -9983,7 +10076,6 @@ _KEEP_S = 86_400  # how long `once` remembers, if keep_s does not say
 _LAMBDA_RUN_S = 900  # a function runs no longer
 _FIRST_WAIT_S = 10  # for a claim that others have; it doubles each time…
 _LONGEST_WAIT_S = 160  # …up to this
-_MEMORY = r"sqlite://(\?|$)"  # a URL of a queue that is in memory
 _claim_faults = _Faults()
 
 
@@ -10072,6 +10164,7 @@ def _check_limit(made: Task[Any, Any], value: object) -> None:
         raise ConfigurationError(
             f"{made.name}: limit: expected taskhawk.limit(…), got {value!r}"
         )
+    limit(value.most, per=value.per, every_s=value.every_s)  # it may be made by hand
     _check_arguments("limit", made, value.per)
     if value.every_s is None and made.time_limit is None:
         raise ConfigurationError(
@@ -10101,7 +10194,7 @@ def _check_claims() -> None:
     for its_task in _registry.values():
         if _needs_claims(its_task):
             _find_claims()
-            if its_task.isolate and re.match(_MEMORY, settings.TASKHAWK_BROKER):
+            if its_task.isolate and _is_in_memory(settings.TASKHAWK_BROKER):
                 raise ConfigurationError(
                     f"{its_task.name}: sqlite:// is the memory of one process, where"
                     " the claims of an isolated task can't be: use a file, such as"
@@ -10422,7 +10515,10 @@ def _may_receive(worker: Worker, queue: str) -> bool:
 def _begin_keeping(
     worker: Worker, stop: threading.Event
 ) -> Callable[[], object] | None:
-    """Have a worker keep its places, also while all that it may run is running."""
+    """Have a worker keep its places, also while all that it may run is running.
+
+    :raises ConfigurationError: on SQS, if TASKHAWK_CLAIMS_TABLE is not set
+    """
     if worker.max_workers is None:
         return None
     _find_claims()  # else the worker would look for a place for ever
@@ -10541,8 +10637,24 @@ class _Scheduler(_AwsSender):
         body = entry.body.replace("<aws.", r"\u003caws.")
         target = _target(destination, body, entry.group_id)
         parameters = {**self._parameters(entry), "Target": target}
-        self.call("send", "create_schedule", _schedule_group(), **parameters)
+        try:
+            self.call("send", "create_schedule", _schedule_group(), **parameters)
+        except Exception as error:
+            if _error_code(error) != "ConflictException" or not self._has(parameters):
+                raise
         return []
+
+    def _has(self, wanted: Mapping[str, Any]) -> bool:
+        """Return whether this very schedule is there: the answer to its call was lost.
+
+        Whoever publishes the message again is to be told that it is accepted.
+        """
+        found = None
+        with contextlib.suppress(Exception):  # then nobody can tell
+            found = self._call_on(wanted["Name"], "get_schedule")
+        if found is None or found["Target"]["Input"] != wanted["Target"]["Input"]:
+            return False
+        return bool(found["ScheduleExpression"] == wanted["ScheduleExpression"])
 
     def _parameters(self, entry: Outgoing) -> dict[str, Any]:
         """Return when a message is to be sent, by a schedule of its name.
@@ -10626,7 +10738,7 @@ def _cancel_in_file(broker: SqliteBroker, message_id: str) -> bool:
         AND visible_ms < ? AND receipt IS NULL AND instr(attributes, ?) = 0
         AND substr(body, 1, ?) = ?"""
     now_ms = broker._in_ms()  # noqa: SLF001
-    postponed = json.dumps(_POSTPONED_ATTRIBUTE)
+    postponed = json.dumps(_POSTPONED_ATTRIBUTE) + ":"  # the name, not a header's value
     values = (*queues, now_ms, _BEHIND, postponed, len(beginning), beginning)
     file = broker._file  # noqa: SLF001 - both are of this very file
     return file.change(f"{delete} {where}", values) > 0
@@ -10939,6 +11051,7 @@ _SCHEDULE_TABLE = (
 )
 _NEVER_MS = 10**15
 _LONGEST_NAP_S = 60  # a machine may sleep meanwhile, which no wait notices
+_SET_BACK_S = 3 * 3600  # a clock set back by more was wrong before: no firing waits
 
 
 class _Ticker:
@@ -10959,6 +11072,8 @@ class _Ticker:
         for task in tasks:
             schedule = _schedule_of(task)
             rule = f"{_periodic_name(task)} {schedule.text} {schedule.timezone}"
+            if settings.TASKHAWK_QUEUE:  # a file may have queues of several services
+                rule += f" {settings.TASKHAWK_QUEUE}"
             self._tasks[rule] = task, schedule
         self._faults = _Faults()
         self._due_ms = 0  # when to look again
@@ -10984,23 +11099,35 @@ class _Ticker:
             self._faults.worked(where, what)
 
     def _queue_due(self) -> int:
-        """Queue what is due, and return when the next will be."""
+        """Queue what is due, and return when the next will be.
+
+        :raises Exception: if that fails for a task, once it is done for the others
+        """
         file = self._broker._file  # noqa: SLF001 - of this very file, as its tables are
         file.open()
         for statement in _SCHEDULE_TABLE:
             file.change(statement, ())
         now_ms = self._in_ms()
+        forget = "DELETE FROM schedule WHERE sent_ms > ?"
+        file.change(forget, (self._in_ms(_SET_BACK_S),))
         for rule, (_, schedule) in self._tasks.items():
-            insert = "INSERT OR IGNORE INTO schedule (rule, due_ms) VALUES (?, ?)"
-            file.change(insert, (rule, _next_ms(schedule, now_ms)))
+            insert = """INSERT OR IGNORE INTO schedule (rule, due_ms, sent_ms)
+                VALUES (?, ?, ?)"""
+            file.change(insert, (rule, _next_ms(schedule, now_ms), now_ms))
         select = "SELECT rule, due_ms FROM schedule WHERE"
         ours = f"rule IN ({_marks('?', list(self._tasks))})"
-        moments_ms = []
+        moments_ms: list[int] = []
+        failures: list[Exception] = []
         for rule, due_ms in file.read(f"{select} {ours}", list(self._tasks)):
-            if due_ms <= now_ms:
-                moments_ms.append(self._move_on(file, rule, due_ms, now_ms))
-            else:
+            if due_ms > now_ms:
                 moments_ms.append(due_ms)
+                continue
+            try:
+                moments_ms.append(self._move_on(file, rule, due_ms, now_ms))
+            except Exception as error:  # such as one of the function of its group
+                failures.append(error)
+        if failures:
+            raise failures[0]
         return min(moments_ms)
 
     def _move_on(self, file: _SqliteFile, rule: str, due_ms: int, now_ms: int) -> int:
@@ -11156,10 +11283,18 @@ class _DjangoBackend:
         )
 
     def _send(self, message: Message, result: Any) -> None:
-        """Send a message, and tell that it is queued."""
+        """Send a message, and tell that it is queued; in sync mode, before it runs."""
+        if settings.TASKHAWK_SYNC:
+            self._tell_enqueued(result)
+            publish(message)
+        else:
+            publish(message)
+            self._tell_enqueued(result)
+
+    def _tell_enqueued(self, result: Any) -> None:
+        """Tell that a message is queued."""
         from django.tasks.signals import task_enqueued
 
-        publish(message)
         _note_enqueued(result)
         task_enqueued.send(type(self), task_result=result)
 
@@ -11254,6 +11389,7 @@ def _leave_arguments(made: Task[Any, Any], _declared: Any) -> None:
 
 
 _more_options["_django"] = _leave_arguments
+_call_options.add("_django")
 
 
 def _django_function(declared: Any, backend: type) -> Callable[..., Any]:
@@ -11285,7 +11421,10 @@ def _django_plain_function(declared: Any, backend: type) -> Callable[..., Any]:
         run = _DjangoRun(declared, args, kwargs)
         task_started.send(backend, task_result=run.result)
         try:
-            run.succeeded(declared.func(*run.context, *args, **kwargs))
+            with _InOneProcess():
+                value = declared.func(*run.context, *args, **kwargs)
+            _refuse_what_has_not_run(value, declared.module_path)
+            run.succeeded(value)
         except BaseException as error:
             run.failed(error)
             raise
@@ -11296,21 +11435,35 @@ def _django_plain_function(declared: Any, backend: type) -> Callable[..., Any]:
     return call
 
 
+def _refuse_what_has_not_run(value: object, name: str) -> None:
+    """Raise TypeError if a function returned what something else would have to run."""
+    if inspect.isawaitable(value):
+        raise TypeError(
+            f"{name} returned what is to be awaited, but is no coroutine function:"
+            " expected async def, also of what a decorator returns"
+        )
+    _refuse_generator(value, name)
+
+
 def _django_coroutine_function(declared: Any, backend: type) -> Callable[..., Any]:
     """Return what runs a coroutine function of Django's between its signals."""
     from asgiref.sync import sync_to_async
     from django.tasks.signals import task_finished, task_started
 
-    # Receivers of signals, and the ORM, run in a thread of asgiref's, which has
-    # connections of its own.
-    refresh = sync_to_async(_refresh_django_connections)
+    async def refresh(*, ran: bool = False) -> None:
+        # Receivers of signals, and the ORM, run in a thread of asgiref's, which has
+        # connections of its own. In sync mode, they are the caller's.
+        if not settings.TASKHAWK_SYNC:
+            await sync_to_async(_refresh_shared_connections)(ran=ran)
 
     async def call(*args: Any, **kwargs: Any) -> None:
         run = _DjangoRun(declared, args, kwargs)
         await refresh()
         await task_started.asend(backend, task_result=run.result)
         try:
-            run.succeeded(await declared.func(*run.context, *args, **kwargs))
+            with _InOneProcess():
+                value = await declared.func(*run.context, *args, **kwargs)
+            run.succeeded(value)
         except BaseException as error:
             run.failed(error)
             raise

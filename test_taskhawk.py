@@ -2474,6 +2474,64 @@ class TestDjango:
             "acknowledge",
         ]
 
+    def test_coroutine_fails(self, tmp_path):
+        """A connection that can't be used is made anew once a coroutine has failed of it."""
+        code = f"""{DJANGO_DATABASE}
+    import asyncio
+    from asgiref.sync import sync_to_async
+    use()
+    logging.disable()
+
+    @taskhawk.task
+    async def ask():
+        await sync_to_async(query)()
+
+    def in_their_thread(call, *args):
+        asyncio.run(sync_to_async(call)(*args))
+
+    def run():
+        fates = [taskhawk.process(body("__main__.ask")).fate for _ in range(3)]
+        print(*[fate.name for fate in fates])
+
+    def lose(is_usable):
+        connection.is_usable = is_usable
+        connection.connection.close()
+
+    run()
+    in_their_thread(lose, lambda: False)
+    run()
+    in_their_thread(lose, lambda: True)
+    run()
+    gone = mock.Mock(side_effect=OSError("no route"))
+    in_their_thread(lose, gone)
+    with mock.patch.object(taskhawk._log, "exception", print):
+        taskhawk.process(body("__main__.ask"))
+    in_their_thread(lambda: connection.close())"""
+        assert python_lines(tmp_path, code) == [
+            "acknowledge acknowledge acknowledge",
+            "retry acknowledge acknowledge",
+            "retry retry retry",  # as it is usable, it is not to blame
+            "can't close the database connections",
+        ]
+
+    def test_coroutine_in_sync_mode(self, tmp_path):
+        """In sync mode, the ORM of a coroutine is in its caller's transaction."""
+        code = f"""{DJANGO_DATABASE}
+    import asyncio
+    from asgiref.sync import sync_to_async
+    use(TASKHAWK_SYNC=True)
+
+    @taskhawk.task
+    async def peek():
+        print(await sync_to_async(lambda: connection.in_atomic_block)())
+
+    with transaction.atomic():
+        peek.dispatch()
+    asyncio.run(peek.dispatch_async())
+    asyncio.run(sync_to_async(peek.dispatch)())
+    connection.close()"""
+        assert python_lines(tmp_path, code) == ["True", "False", "False"]
+
 
 # --- 5. messages ----------------------------------------------------------------------
 
@@ -4519,6 +4577,9 @@ class TestSqliteGroups:
                 costs.append(steps[0])
         assert costs[1] < 1.2 * costs[0]
 
+    @hypothesis.example(
+        [("send", 0)] * 3 + [("receive", 0), ("wait", 3)] * 3
+    )  # a dead letter
     @given(steps=SQLITE_STEPS)
     def test_order(self, steps):
         """Whatever happens, a FIFO group's messages are received in order, one at a time."""
@@ -4538,6 +4599,7 @@ class TestSqliteGroups:
             for letter in self.receive(broker, 10, "Q-DLQ.fifo"):
                 queued[letter.group_id].remove(letter.body)
                 held.pop(letter.group_id, None)
+                letter.delete()  # or it would be received again
             for message in messages:
                 assert queued[message.group_id][0] == message.body
                 held[message.group_id] = message
@@ -5362,6 +5424,11 @@ class TestSns:
 
 # --- 10. connections ------------------------------------------------------------------
 
+ONE_PROCESS = (
+    "sqlite:// is the memory of one process, and this is another: use a file, such as"
+    " sqlite:///queue.db"
+)
+
 
 def fork_in_c() -> int:
     """Fork as uWSGI does, so that Python does not see it.
@@ -5700,10 +5767,7 @@ class TestProcesses:
 
         assert forked(child, how)() == 0
         os.close(write)
-        assert os.read(read, 1000).decode() == (
-            "sqlite:// is the memory of one process, and this is another: use a file,"
-            " such as sqlite:///queue.db"
-        )
+        assert os.read(read, 1000).decode() == ONE_PROCESS
         os.close(read)
         task.dispatch(3)
         assert self.texts() == [1, 3]
@@ -10126,6 +10190,18 @@ class TestBatchTasks:
         assert refused(taskhawk.task(batch=5, name="shop.index"), fn) == (
             "shop.index: expected a function of one argument, the list of calls"
         )
+
+    @pytest.mark.parametrize("names", [("group", "batch"), ("batch", "group")])
+    def test_order_of_options(self, isolated, names):
+        """Other options are of what messages carry, in whichever order they are written."""
+
+        def index(calls: list[taskhawk.Call]) -> None:
+            """Do nothing."""
+
+        options = {"group": "customer", "batch": 5}
+        declare = taskhawk.task(name="shop.index", **{n: options[n] for n in names})
+        message = declare(index)._invocation._message((), {"customer": 7})
+        assert message.group_id == "7"
 
     def test_dispatch(self, memory, together):
         """It is dispatched with any arguments that are JSON, metadata and headers too."""
@@ -14742,6 +14818,13 @@ def after_run(message, outcome, exception, duration_ms):
 def pid():
     note(os.getpid(), os.getppid())
 
+@taskhawk.task(isolate=True)
+def pass_on():
+    try:
+        pid.dispatch()
+    except taskhawk.ConfigurationError as error:
+        note(error)
+
 @taskhawk.task(time_limit=30)
 def meet():
     note(os.getpid())
@@ -15523,11 +15606,13 @@ class TestIsolation:
         isolated_work(loop_count=2)
         assert isolated_notes(isolated_jobs) == ["again 1", "again 2"]
 
-    def test_memory(self, isolated_jobs):
-        """Tasks can be isolated where the queue is in memory."""
-        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
-        isolated_jobs.pid.dispatch()
+    @pytest.mark.parametrize("options", ["", "?max_receive_count=9"])
+    def test_memory(self, isolated_jobs, options):
+        """Tasks can be isolated where the queue is in memory, which no child can reach."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite://{options}")
+        isolated_jobs.pass_on.dispatch()
         assert isolated_work() == {"received": 1, "acked": 1}
+        assert isolated_notes(isolated_jobs) == [ONE_PROCESS]
 
     def test_hooks(self, isolated_jobs):
         """Hooks run in the child, by their dotted paths."""
@@ -16612,6 +16697,10 @@ STATE_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"unique": ("item", "size")}, "unique: the function has no argument 'size'"),
     ({"unique": ("metadata",)}, "unique: the function has no argument 'metadata'"),
     ({"once": ("more",)}, "once: the function has no argument 'more'"),
+    (  # what takes calls has no arguments of its own
+        {"unique": ("item",), "batch": 5},
+        "unique: the function has no argument 'item'",
+    ),
     ({"keep_s": 60}, "keep_s: expected once= as well"),
     (
         {"once": True, "keep_s": 0},
@@ -16769,9 +16858,11 @@ class TestOptionsOfState:
         ],
     )
     def test_limit_refused(self, call, sentence):
-        """A limit that makes no sense is refused where it is written."""
+        """A limit that makes no sense is refused where it is written, or else declared."""
         args, kwargs = call
         assert refused(taskhawk.limit, *args, **kwargs) == f"limit: {sentence}"
+        declare = taskhawk.task(limit=taskhawk.Limit(*args, **kwargs))
+        assert refused(declare, plain) == f"limit: {sentence}"
 
     def test_switched_off(self, stored):
         """False is as good as leaving an option out."""
@@ -16810,6 +16901,18 @@ class TestOptionsOfState:
             "mail.send: sqlite:// is the memory of one process, where the claims of an"
             " isolated task can't be: use a file, such as sqlite:///queue.db"
         )
+
+    def test_memory_of_one_run(self, isolated, tmp_path, monkeypatch, caplog):
+        """A run that its message alone isolates is postponed where it can't have its claim."""
+        monkeypatch.syspath_prepend(tmp_path)
+        source = "import taskhawk\n@taskhawk.task(once=True)\ndef job(): pass\n"
+        module = isolated_import(tmp_path, claiming=source)
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+        module.job.with_options(time_limit=30).dispatch()
+        assert isolated_work() == {"received": 1, "postponed": 1}
+        text = f"claims: can't claim, goes on trying: {ONE_PROCESS}"
+        assert text in caplog.messages
+        del sys.modules["claiming"]
 
     def test_sync(self, sync):
         """In sync mode there is nobody else: nothing is claimed, and all is run."""
@@ -16921,8 +17024,23 @@ class TestOnce:
         for other in ((7,), (8,), (7, "B")):
             job.with_headers(number=1).dispatch(*other)
         job.dispatch(*args, **kwargs)
+        job.dispatch(7, by=None)  # which is not the default
         work_all(broker)
-        assert runs == [(7, "A"), (8, "A"), (7, "B")]
+        assert runs == [(7, "A"), (8, "A"), (7, "B"), (7, "A")]
+
+    def test_key_of_an_object(self, stored):
+        """The order in which a caller writes the members of an object does not count."""
+        broker, _ = stored
+        runs: list[Any] = []
+
+        def stock(item: dict[str, Any]) -> None:
+            runs.append(item)
+
+        job = taskhawk.task(name="shop.stock", once=("item",))(stock)
+        job.dispatch({"id": 7, "shop": "A"})
+        job.dispatch({"shop": "A", "id": 7})
+        work_all(broker)
+        assert len(runs) == 1
 
     def test_keys_of_services(self, stored):
         """Tasks of the same name in other services, and other tasks, have their own keys."""
@@ -17067,6 +17185,35 @@ class TestOnce:
         broker.work(clock=clock)
         assert len(done) == ends
         assert broker.depth(WORKER_QUEUE) == (0, 0, 0)
+
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+    @pytest.mark.parametrize("batch", [{}, {"batch": 5}])
+    @pytest.mark.parametrize("end", [lambda: None, sys.exit])
+    def test_forked(self, tmp_path, batch, end):
+        """A process that a task forks and that comes back ends no claim, and no run."""
+        ends: list[int] = []
+        taskhawk.configure(
+            TASKHAWK_BROKER=f"sqlite:///{tmp_path}/q.db",
+            TASKHAWK_POST_PROCESS_HOOK=lambda **_: (tmp_path / "hook").touch(),
+        )
+        broker = taskhawk._brokers.broker()
+        claims: dict[str, Any] = {"once": True, "limit": taskhawk.limit(1)}
+        job = taskhawk.task(name="mail.send", time_limit=60, **claims, **batch)
+
+        def send(calls: Any = None) -> None:
+            forked = os.fork()
+            if not forked:
+                end()
+                return
+            ends.append(os.waitpid(forked, 0)[1])
+            assert not (tmp_path / "hook").exists()
+            rows = broker._file.read("SELECT is_done FROM claim", ())
+            assert rows == [(0,), (0,)]
+
+        job(send).isolate = False
+        taskhawk.Task.find_by_name("mail.send").dispatch()
+        assert work_once(broker).acked == 1
+        assert (ends, (tmp_path / "hook").exists()) == ([0], True)
 
 
 def lambda_free(runs: list[int]) -> Callable[[], None]:
@@ -17835,6 +17982,10 @@ class TestLongDelays:
         sentence = refused(later.dispatch, text, error=error)
         largest = f"args[0] with {len(text) + 2}"
         assert sentence == too_large(262_145, 262_144, largest)
+        stubbed.add_response("create_schedule", {"ScheduleArn": "arn"})
+        later.with_headers(
+            a="x" * 150_000
+        ).dispatch()  # which is sent in the body alone
 
     @pytest.mark.slow
     def test_repeated(self, aws, mail):
@@ -17847,6 +17998,39 @@ class TestLongDelays:
             taskhawk.publish(message)
         tokens = [data["ClientToken"] for data in aws.asked("CreateSchedule")]
         assert tokens[0] == tokens[1] != tokens[2]
+
+    @pytest.mark.parametrize(
+        ("change", "is_accepted"),
+        [
+            ({}, True),
+            ({"ScheduleExpression": "at(2099-01-01T00:00:00)"}, False),
+            ({"Target": {"Arn": QUEUE_ARN, "RoleArn": ROLE, "Input": "{}"}}, False),
+            (None, False),
+        ],
+    )
+    def test_published_again(self, stubbed, mail, change, is_accepted):
+        """What was accepted, though the answer was lost, is so again; another is refused."""
+        sent = []
+        stubbed.client.meta.events.register(
+            "provide-client-params.scheduler.CreateSchedule",
+            lambda params, **_: sent.append(params),
+        )
+        message = mail.with_delay(timedelta(days=2))._message((), {})
+        stubbed.add_client_error("create_schedule", "InternalServerException")
+        with pytest.raises(botocore.exceptions.ClientError):
+            taskhawk.publish(message)
+        stubbed.add_client_error("create_schedule", "ConflictException")
+        if change is None:
+            stubbed.add_client_error("get_schedule", "AccessDeniedException")
+        else:
+            names = ("ScheduleExpression", "Target")
+            made = {name: sent[0][name] for name in names}
+            stubbed.add_response("get_schedule", {**made, **change})
+        if is_accepted:
+            assert taskhawk.publish(message) == message.id
+        else:
+            with pytest.raises(botocore.exceptions.ClientError, match="Conflict"):
+                taskhawk.publish(message)
 
     def test_at_once(self, aws, mail):
         """Dispatches at the same time make a request each, and each has its own answer."""
@@ -17948,6 +18132,7 @@ class TestCancel:
         message.delay_s = 86_400
         assert taskhawk.cancel(message.id) is False
         taskhawk.publish(message)
+        taskhawk.publish(message)  # it is there, as after an answer that was lost
         assert taskhawk.cancel(message.id) is True
         assert taskhawk.cancel(message.id) is False
         assert schedules("list_schedules")["Schedules"] == []
@@ -17956,6 +18141,7 @@ class TestCancel:
     def test_sqlite(self, sqlite, mail, message_id):
         """On SQLite, it is the row of just that message."""
         message = Message.new("mail.send", msg_id=message_id, priority=Priority.bulk)
+        message.headers["why"] = "taskhawk.postponed"  # which is no attribute of ours
         message.delay_s = 60
         other = mail.with_delay(60).dispatch()
         taskhawk.publish(message)
@@ -18354,6 +18540,20 @@ class TestPeriodicTasks:
         self.ticker(ticking).look()
         assert len(periodic_ids(tmp_path / "queue.db")) == 2
 
+    @pytest.mark.parametrize(("back_s", "again_s"), [(10_800, 10_830), (10_801, 31)])
+    @pytest.mark.parametrize("fired", [False, True])
+    def test_clock_set_back(self, ticking, clock, tmp_path, back_s, again_s, fired):  # noqa: PLR0917
+        """A clock that was hours ahead keeps no firing waiting; a small change repeats none."""
+        ticker = self.ticker(ticking)
+        ticker.look()
+        if fired:
+            clock.now += 60
+            ticker.look()
+        clock.now -= back_s
+        ticker.look()
+        assert ticker._due_ms == (clock.now + again_s) * 1000
+        assert len(periodic_ids(tmp_path / "queue.db")) == fired
+
     def test_changed(self, ticking, clock, tmp_path):
         """A schedule that is changed begins anew: nothing is due at once."""
         self.ticker(ticking).look()
@@ -18488,6 +18688,39 @@ class TestPeriodicTasks:
         assert received.group_id == group
         broker.close()
 
+    def test_group_fails(self, ticking, clock, tmp_path, caplog):
+        """A task whose group can't be told is tried again; the others are queued."""
+
+        def count(customer=7):
+            """Do nothing."""
+
+        group = worker_first(1, worker_raise(OSError("no route")))
+        options = {"group": lambda: group(int)}
+        taskhawk.task(name="Count", schedule=MINUTELY, **options)(count)
+        ticker = self.ticker(ticking)
+        ticker.look()
+        clock.now += 30
+        ids = []
+        for _ in range(2):
+            ticker.look()
+            ids.append([each[:10] for each in periodic_ids(tmp_path / "queue.db")])
+        assert ids == [["task.audit"], ["task.audit", "task.Count"]]
+        assert caplog.messages == [
+            f"{ticking.url('')}: can't queue periodic tasks, goes on trying: OSError('no route')"
+        ]
+
+    def test_services(self, ticking, clock, tmp_path):
+        """Services that share a file and the name of a task have a firing each."""
+        tickers = []
+        for queue in ("one", "two"):
+            taskhawk.configure(TASKHAWK_BROKER=ticking.url(""), TASKHAWK_QUEUE=queue)
+            tickers.append(self.ticker(ticking))
+            tickers[-1].look()
+        clock.now += 30
+        for ticker in tickers:
+            ticker.look()
+        assert len(periodic_ids(tmp_path / "queue.db")) == 2
+
     def test_names(self):
         """A schedule's name tells the task; a name that can't be one is a hash."""
         names = ["audit", "ä", "x" * 60, "app.tasks.audit"]
@@ -18544,7 +18777,7 @@ TASKS = {
 }
 """
 DJANGO_SHOP = """
-import threading
+import asyncio, os, threading, warnings
 import taskhawk
 from asgiref.sync import sync_to_async
 from django.db import connection
@@ -18585,9 +18818,54 @@ def skip():
     raise taskhawk.IgnoreException("closed")
 
 @task
+def draw():
+    print("never drawn")
+    yield 1
+
+@task
+async def draw_late():
+    print("never drawn")
+    yield 1
+
+class Awaitable:
+    def __await__(self):
+        print("never awaited")
+
+@task
+def hide():
+    return Awaitable()
+
+def fork():
+    with warnings.catch_warnings(action="ignore"):
+        forked = os.fork()
+    return forked and os.waitpid(forked, 0)[1]
+
+@task
+def split():
+    return fork()
+
+@task
+async def split_late():
+    return fork()
+
+@task
 async def count_rows():
     await sync_to_async(lambda: connection.ensure_connection())()
     print(await sync_to_async(lambda: connection.connection is not None)())
+
+began, end = threading.Event(), threading.Event()
+
+@task
+async def hold():
+    await sync_to_async(lambda: connection.ensure_connection())()
+    held = await sync_to_async(lambda: connection.connection)()
+    began.set()
+    await asyncio.to_thread(end.wait)
+    print(await sync_to_async(lambda: connection.connection is held)())
+
+@task
+async def peek():
+    print(await sync_to_async(lambda: connection.in_atomic_block)())
 
 @task
 def where():
@@ -18846,6 +19124,39 @@ default 2 dead_letter
 """
         * 2,
     ),
+    "signals of what is forked": (
+        """sys.stdout.flush()
+for task_ in (split, split_late):
+    task_.enqueue()
+    watched(work)""",
+        """started RUNNING None [] 1 False
+finished SUCCESSFUL 0 [] 1 True
+default 1 acknowledge
+"""
+        * 2,
+    ),
+    "what did not run": (
+        """for task_ in (draw, draw_late, hide):
+    task_.enqueue()
+def tell(task_result, **_):
+    print(task_result.errors[0].traceback.splitlines()[-1])
+signals.task_finished.connect(tell)
+work()
+work()
+signals.task_finished.disconnect(tell)""",
+        """default 1 retry
+default 1 retry
+default 1 retry
+TypeError: shop.tasks.draw returned a generator, which runs only if something reads it: \
+expected a function that runs when it is called
+default 2 dead_letter
+TypeError: shop.tasks.draw_late returned a generator, which runs only if something reads \
+it: expected a function that runs when it is called
+default 2 dead_letter
+TypeError: shop.tasks.hide returned what is to be awaited, but is no coroutine function: \
+expected async def, also of what a decorator returns
+default 2 dead_letter""",
+    ),
     "signals of what is ignored": (
         """skip.enqueue()
 watched(work)""",
@@ -18857,12 +19168,31 @@ default 1 acknowledge""",
         """with override_settings(TASKHAWK_SYNC=True):
     watched(lambda: sell.enqueue("milk"))
     watched(lambda: tried(fail.enqueue))""",
-        """started RUNNING None [] 1 False
+        """enqueued READY None [] 0 False
+started RUNNING None [] 1 False
 sold 1 milk
 finished SUCCESSFUL 1 [] 1 True
 enqueued READY None [] 0 False
 started RUNNING None [] 1 False
 finished FAILED None ['ZeroDivisionError'] 1 True
+ZeroDivisionError: no stock""",
+    ),
+    "a coroutine in sync mode": (
+        """with override_settings(TASKHAWK_SYNC=True):
+    asyncio.run(rush.aenqueue("milk"))
+    async_to_sync(rush.aenqueue)("tea")
+    async def busy():
+        rush.enqueue("bread")
+    asyncio.run(busy())
+    with transaction.atomic():
+        peek.enqueue()
+        async_to_sync(peek.aenqueue)()
+    tried(fail_late.enqueue)""",
+        """rushed milk
+rushed tea
+rushed bread
+True
+True
 ZeroDivisionError: no stock""",
     ),
     "in a transaction": (
@@ -18896,6 +19226,22 @@ work()
 print(asyncio.run(sync_to_async(lambda: connection.connection)()))""",
         "True\ndefault 1 acknowledge\nNone",
     ),
+    "a connection of several coroutines": (
+        """hold.enqueue()
+working = threading.Thread(target=work)
+working.start()
+began.wait()
+rush.enqueue("milk")
+work()
+end.set()
+working.join()
+print(asyncio.run(sync_to_async(lambda: connection.connection)()))""",
+        """rushed milk
+high 1 acknowledge
+True
+default 1 acknowledge
+None""",
+    ),
     "options of tasks": (
         """for name in ("sell", "apart", "stubborn"):
     found = taskhawk.Task.find_by_name(f"shop.tasks.{name}")
@@ -18916,11 +19262,16 @@ with contextlib.suppress(TypeError):
 declared(once, time_limit=5)
 declared(once, time_limit=5, priority=1)
 tried(declared, once, time_limit=6)
+def needs(metadata): pass
+needs.__module__ = "rows"
+tried(declared, needs, schedule="rate(1 day)")
 taskhawk.task(name="rows.twice")(twice)
 tried(declared, twice)""",
         """InvalidTask: once has time_limit=-1: expected a number of seconds above 0
 InvalidTask: rows.once: the name of rows.once (<string>:1) is taken by rows.once \
 (<string>:1): rename one, or pass name= to @taskhawk.task
+InvalidTask: rows.needs has schedule='rate(1 day)': expected a function that can be \
+called without arguments (rows.needs: missing a required argument: 'metadata')
 InvalidTask: rows.twice: the name of rows.twice (<string>:2) is taken by rows.twice \
 (<string>:2): rename one, or pass name= to @taskhawk.task""",
     ),
