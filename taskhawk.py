@@ -92,7 +92,7 @@ What to read for each promise, and how many statements that is
         _mismatch, _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code,
         _error_details, _explained, _explanation, _find_remedy, _Source.read,
         _call_safely, _log_again
-    6 (328): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
+    6 (329): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
         _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
@@ -102,7 +102,7 @@ What to read for each promise, and how many statements that is
         _forget_signals, _path_of_children, _Child._start_process,
         _ChildProcess.__init__, _serve_worker, _leave_signals_to_worker, _ignore_signal,
         _die_with_parent
-    8 (240): _in_group, _send_all, _in_order, _OrderedSend, SqliteBroker.send,
+    8 (243): _in_group, _send_all, _in_order, _OrderedSend, SqliteBroker.send,
         SqliteBroker._claim, SqliteBroker.delete, SqsBroker.receive,
         SqsBroker._receive_in_order, _Polls, _Holdings._decide, _dead_letter,
         _run_records, _is_behind
@@ -7423,10 +7423,12 @@ def _find_lease(broker: Broker, queue: str, wanted_s: float | None) -> _Lease:
     return _Lease(wanted_s, info.max_receive_count)
 
 
-def _are_empty(broker: Broker, queues: Iterable[str]) -> bool:
+def _are_empty(broker: Broker, queues: Sequence[str]) -> bool:
     """Return whether the queues hold nothing at all; where it is denied, they may."""
+    # Again: a task of a later one may have dispatched to one that was looked at before.
+    looks = [*queues, *queues[:-1]]
     try:
-        return not any(any(broker.depth(queue)) for queue in queues)
+        return not any(any(broker.depth(queue)) for queue in looks)
     except ConfigurationError:
         return True  # nobody can know: a person would have to mend it
     except Exception:  # a fault is no reason to end
@@ -7520,6 +7522,7 @@ class _Polls:
                 batch = most_polls = 1
             self.of[queue] = _Polled(rank, batch, most_polls, receives)
         self._ranked = list(self.of.values())
+        self._is_over = False
 
     @property
     def under_way(self) -> int:
@@ -7529,12 +7532,12 @@ class _Polls:
     def is_open(self, queue: str) -> bool:
         """Return whether a queue is to be asked again, or may have to be."""
         polled = self.of[queue]
-        return bool(polled.left or polled.polls)
+        return not self._is_over and bool(polled.left or polled.polls)
 
     def is_busy(self, queue: str) -> bool:
         """Return whether receives of a queue may run at the same time."""
         polled = self.of[queue]
-        return polled.is_full and polled.left > 0
+        return not self._is_over and polled.is_full and polled.left > 0
 
     def may_begin_at(self, queue: str, load: _Load) -> float:
         """Return since when, or from when on, a receive may begin.
@@ -7632,6 +7635,14 @@ class _Polls:
         """Note that a queue is asked no more, so that no other waits for it."""
         polled = self.of[queue]
         polled.left, polled.is_empty = 0, True
+
+    def end(self) -> None:
+        """Note that no queue is asked any more, for all were empty.
+
+        If some still were, their messages might fill a queue that nobody asks any more,
+        and nobody would ever find all empty.
+        """
+        self._is_over = True
 
 
 class _Course:
@@ -7938,6 +7949,13 @@ class _Intake:
             polled = self.polls.of[queue]
             return polled.is_empty and not polled.is_failing
 
+    def end(self) -> None:
+        """Let no queue be asked any more, for all were empty."""
+        with self._lock:
+            self.polls.end()
+            for pollers in self._pollers.values():
+                pollers.may_look.notify_all()
+
     def adds_helper(self, queue: str) -> bool:
         """Count a helper more, if all receive and yet another receive may begin."""
         with self._lock:
@@ -8086,14 +8104,12 @@ class _Poller:
         """Receive until there is no more to do; the body of a thread."""
         intake, course = self._intake, self._course
         try:
-            while not self._is_done():
-                poll = intake.begin(self._queue, intake.polls.is_open)
-                if not poll:
-                    break
+            while poll := intake.begin(self._queue, intake.polls.is_open):
                 error = self._try(poll)
                 if error:
                     failures = self._faults.failed(self._queue, "receive", repr(error))
                     _back_off(course.stop, self._worker.clock, failures)
+                self._end_if_empty()
         except BaseException as fatal:
             course.fail(fatal)  # before the phases go on, or nobody would see it
             raise
@@ -8112,11 +8128,13 @@ class _Poller:
         finally:
             intake.helper_ended(self._queue)
 
-    def _is_done(self) -> bool:
-        """Return whether the queues are empty, where that is the end."""
-        if not self._worker.until_empty or not self._intake.is_dry(self._queue):
-            return False
-        return _are_empty(self._worker.broker, self._worker.queues)
+    def _end_if_empty(self) -> None:
+        """Have no queue asked any more if all are empty, where that is the end."""
+        worker, intake = self._worker, self._intake
+        if not worker.until_empty or not intake.is_dry(self._queue):
+            return
+        if _are_empty(worker.broker, worker.queues):
+            intake.end()
 
     def _try(self, poll: _Poll) -> Exception | None:
         """Receive; return the error if that fails."""

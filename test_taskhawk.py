@@ -12450,15 +12450,16 @@ class TestWorker:
         looked = threading.Event()
 
         def receive(real: Any, queue: str, *_: Any) -> Any:
-            if (
-                queue == "LOW"
-            ):  # once it runs, the slot is taken, and nothing is received
-                assert looked.wait(WORKER_PATIENCE_S)
+            # What runs takes the slot: then nothing is received, and nobody looks.
+            assert queue == "HIGH" or looked.wait(WORKER_PATIENCE_S)
             return real()
 
         def look(real: Any, queue: str) -> taskhawk.Depth:
+            if queue == "LOW":  # once its task has dispatched to HIGH, and has ended
+                worker_eventually(lambda: worker_broker.made("delete"))
+                return real()
             found = real()
-            if queue == "HIGH" and not any(found):
+            if not any(found):
                 looked.set()
             return found
 
@@ -12468,6 +12469,30 @@ class TestWorker:
         worker_broker.faults.update(receive=receive, depth=look)
         worker_broker.put(worker_act, ("slow",), queue="LOW")
         assert worker_broker.work("HIGH", "LOW") == taskhawk.Ledger(2, 2)
+
+    def test_until_empty_ends_for_all(self, worker_broker, worker_act):
+        """Once all were empty, a receive that was under way is the last, whatever it brings."""
+        pollers, asked = [], threading.Event()
+
+        def receive(real: Any, queue: str, *_: Any) -> Any:
+            if queue == "HIGH":
+                pollers.append(threading.current_thread())
+            else:  # once the poller of HIGH has found that all is empty
+                asked.set()
+                pollers[0].join(WORKER_PATIENCE_S)
+                worker_broker.put(worker_act, ("late",), queue="LOW")
+            return real()
+
+        def look(real: Any, _queue: str) -> taskhawk.Depth:
+            assert asked.wait(WORKER_PATIENCE_S)
+            return real()
+
+        WORKER_ACTS["late"] = lambda: worker_broker.put(
+            worker_act, ("run",), queue="HIGH"
+        )
+        worker_broker.faults.update(receive=receive, depth=look)
+        assert worker_broker.work("HIGH", "LOW") == taskhawk.Ledger(1, 1)
+        assert worker_broker.depth("HIGH") == (1, 0, 0)
 
     @pytest.mark.parametrize(
         ("action", "code", "sentence"),
