@@ -66,7 +66,7 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (370): publish, _send_one, _Lane._conclude, _Lane._send_together, _accepted,
+    1 (372): publish, _send_one, _Lane._conclude, _Lane._send_together, _accepted,
         _send_all_ready, _partial_failure, _send_all, _in_batches, _one_round,
         SqliteBroker.send, SqliteBroker._claim, SqliteBroker.delete, _SqliteFile.change,
         _use_write_ahead_log, _AwsSender._batch, SqsBroker.send, SqsBroker.delete,
@@ -75,7 +75,7 @@ What to read for each promise, and how many statements that is
         _Holdings.finish, _Holdings.release, _Holdings._decide, _Calls.answered,
         _Calls._deleted, _Calls._delayed, _Calls._try_later, _Holdings.doubt,
         _Holdings.close, _Holdings.end, _Scheduler.send, _Ticker._move_on
-    2 (337): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+    2 (339): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
         SqsBroker.receive, _find_lease, _Poller._receive, _Intake.take, _Intake.close,
         _Course.take, _Course._release_if_stuck, _Backlog, _Call, _Leases,
         _Holdings.take, _Holdings.start, _Holdings.start_more, _Holdings.release,
@@ -92,7 +92,7 @@ What to read for each promise, and how many statements that is
         _mismatch, _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code,
         _error_details, _explained, _explanation, _find_remedy, _Source.read,
         _call_safely, _log_again
-    6 (329): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
+    6 (338): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
         _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
@@ -6739,6 +6739,7 @@ class _Ends:
         # What was refused before, as a heap: it is not tried before its time only
         # because others are due.
         self._again: list[tuple[float, int, _Held]] = []
+        self._is_failing = False  # whether all was refused in the last call
 
     def __len__(self) -> int:
         return len(self._new) + len(self._again)
@@ -6779,6 +6780,19 @@ class _Ends:
         if is_last:
             return min(due_at, first.decided_at + patience_s)
         return min(due_at, first.due_at + patience_s)
+
+    def answered(self, call: _Call, refused: Mapping[int, Refusal]) -> None:
+        """Note whether calls work; once they do again, all that was refused is due.
+
+        Else leases might end during the pauses, though nothing is wrong any more.
+        """
+        works = len(refused) < len(call.batch)
+        if works and self._is_failing:
+            again, self._again = self._again, []
+            for _, _, held in again:
+                held.due_at = call.asked_at
+                self.add(held)
+        self._is_failing = not works
 
     def take(self, now: float) -> list[_Held]:
         """Return what the next call is to end; all new ones share it."""
@@ -6891,6 +6905,8 @@ class _Calls:
         :param refused: what was refused, by its place in the batch
         """
         self._under_way -= 1
+        if call.kind is not _Kind.extend:
+            self._ends[call.queue, call.kind].answered(call, refused)
         note = {
             _Kind.extend: self._extended,
             _Kind.delete: self._deleted,
