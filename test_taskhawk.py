@@ -12822,6 +12822,20 @@ class TestWorker:
         worker_broker.work(loop_count=3, num_messages=100, concurrency=8)
         assert len(worker_broker.made("receive")) == 3
 
+    def test_stopped_while_a_task_runs(self, worker_broker, worker_act):
+        """Told to stop, a worker releases what waits while a task still runs."""
+        stop = threading.Event()
+
+        def long() -> None:
+            stop.set()
+            worker_eventually(lambda: worker_broker.made("change_visibility"))
+
+        WORKER_ACTS["long"] = long
+        worker_broker.put(worker_act, *[("long",)] * 10)
+        options = {"shutdown_event": stop, "until_empty": False, "num_messages": 10}
+        ledger = worker_broker.work(**options)
+        assert ledger == taskhawk.Ledger(10, acked=1, released=9)
+
     @pytest.mark.parametrize("fails", [False, True])
     def test_stopped_with_pollers(self, worker_broker, worker_act, fails):
         """Told to stop, a worker waits out all its receives, and releases what they bring."""
