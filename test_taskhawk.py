@@ -12828,7 +12828,11 @@ class TestWorker:
 
         def long() -> None:
             stop.set()
-            worker_eventually(lambda: worker_broker.made("change_visibility"))
+            worker_eventually(is_released)
+
+        def is_released() -> bool:
+            changes = worker_broker.made("change_visibility")
+            return any(seconds == 0 for _, entries in changes for _, seconds in entries)
 
         WORKER_ACTS["long"] = long
         worker_broker.put(worker_act, *[("long",)] * 10)
