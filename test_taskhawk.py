@@ -14022,10 +14022,15 @@ class TestCoroutines:
 
     def test_interrupted_alone(self):
         """Where others go on on the loop, what was interrupted is cancelled at once."""
-        event_loop, ended = taskhawk._EventLoop(), []
+        event_loop, ended, main = taskhawk._EventLoop(), [], threading.get_ident()
+
+        def is_awaited() -> bool:
+            stack = traceback.walk_stack(sys._current_frames()[main])
+            return any(frame.f_code.co_name == "result" for frame, _ in stack)
 
         async def wait() -> None:
             try:
+                await asyncio.to_thread(worker_eventually, is_awaited)
                 os.kill(os.getpid(), signal.SIGUSR1)
                 await asyncio.sleep(WORKER_PATIENCE_S)
             finally:
