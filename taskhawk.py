@@ -4113,11 +4113,12 @@ class _EventLoop:
         except RuntimeError:  # no more threads can be started: that is no failed run
             _run_alone(coroutine)
             return
-        running = asyncio.run_coroutine_threadsafe(_caught(coroutine), loop)
+        run = _LoopRun(coroutine)
         try:
-            error = running.result()
+            error = asyncio.run_coroutine_threadsafe(run.caught(), loop).result()
         except BaseException:  # Control-C, or the exit of a signal handler
-            running.cancel()
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and so has it
+                loop.call_soon_threadsafe(run.leave)
             raise
         if error is None:
             return
@@ -4172,6 +4173,34 @@ class _EventLoop:
         thread.join(within_s)
         if thread.is_alive():
             _log.warning("something that a coroutine began does not end: left to run")
+
+
+class _LoopRun:
+    """A coroutine on an event loop, which may be left while it is being handed over.
+
+    Only the loop's thread changes it, so it needs no lock.
+    """
+
+    def __init__(self, coroutine: Any) -> None:
+        self._coroutine = coroutine
+        self._task: Any = None  # of asyncio, once it has begun
+        self._is_left = False
+
+    async def caught(self) -> BaseException | None:
+        """Run it to its end, and return its error."""
+        import asyncio
+
+        if self._is_left:
+            self._coroutine.close()
+            return None
+        self._task = asyncio.current_task()
+        return await _caught(self._coroutine)
+
+    def leave(self) -> None:
+        """Cancel it, whether it has begun or not."""
+        self._is_left = True
+        if self._task:
+            self._task.cancel()
 
 
 _thread = threading.local()  # `event_loop`: that of the worker whose thread this is

@@ -14020,30 +14020,39 @@ class TestCoroutines:
             signal.signal(signal.SIGUSR1, before)
         assert ended == [1]
 
-    def test_interrupted_alone(self):
-        """Where others go on on the loop, what was interrupted is cancelled at once."""
-        event_loop, ended, main = taskhawk._EventLoop(), [], threading.get_ident()
+    @pytest.mark.parametrize("has_begun", [False, True])
+    def test_interrupted_alone(self, monkeypatch, has_begun):
+        """Where others go on on the loop, what was interrupted is cancelled at once.
 
-        def is_awaited() -> bool:
-            stack = traceback.walk_stack(sys._current_frames()[main])
-            return any(frame.f_code.co_name == "result" for frame, _ in stack)
+        The signal may come while the coroutine is still being handed over.
+        """
+        event_loop, ends, go = taskhawk._EventLoop(), [], threading.Event()
+        hand_over = asyncio.run_coroutine_threadsafe
 
         async def wait() -> None:
+            ends.append("begun")
             try:
-                await asyncio.to_thread(worker_eventually, is_awaited)
-                os.kill(os.getpid(), signal.SIGUSR1)
-                await asyncio.sleep(WORKER_PATIENCE_S)
+                await asyncio.sleep(2 * WORKER_PATIENCE_S)
             finally:
-                ended.append(1)
+                ends.append("ended")
 
-        before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit("told to"))
-        try:
-            with event_loop.in_this_thread():
-                with pytest.raises(SystemExit, match=r"^told to$"):
-                    event_loop.run(wait())
-                worker_eventually(lambda: ended)
-        finally:
-            signal.signal(signal.SIGUSR1, before)
+        def interrupted(coroutine: Any, loop: Any) -> None:
+            if not has_begun:
+                loop.call_soon_threadsafe(go.wait)  # the loop does something else
+            hand_over(coroutine, loop)
+            if has_begun:
+                worker_eventually(lambda: ends)
+            sys.exit("told to")
+
+        monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", interrupted)
+        with event_loop.in_this_thread():
+            with pytest.raises(SystemExit, match=r"^told to$"):
+                event_loop.run(wait())
+            monkeypatch.undo()
+            go.set()
+            assert event_loop.run(asyncio.sleep(0)) is None  # the loop goes on
+            worker_eventually(lambda: len(ends) == 2 * has_begun)
+        assert ends == ["begun", "ended"] * has_begun
 
     def test_no_loop(self, worker_broker, act, caplog, monkeypatch):
         """A loop that can't be made fails the run, and the next one has it."""
