@@ -7468,14 +7468,14 @@ def _find_lease(broker: Broker, queue: str, wanted_s: float | None) -> _Lease:
     return _Lease(wanted_s, info.max_receive_count)
 
 
-def _are_empty(broker: Broker, queues: Sequence[str]) -> bool:
-    """Return whether the queues hold nothing at all; where it is denied, they may."""
+def _are_empty(broker: Broker, queues: Sequence[str]) -> bool | None:
+    """Return whether the queues hold nothing at all; None if a look is denied."""
     # Again: a task of a later one may have dispatched to one that was looked at before.
     looks = [*queues, *queues[:-1]]
     try:
         return not any(any(broker.depth(queue)) for queue in looks)
-    except ConfigurationError:
-        return True  # nobody can know: a person would have to mend it
+    except ConfigurationError:  # a person would have to mend it
+        return None
     except Exception:  # a fault is no reason to end
         return False
 
@@ -8178,7 +8178,10 @@ class _Poller:
         worker, intake = self._worker, self._intake
         if not worker.until_empty or not intake.is_dry(self._queue):
             return
-        if _are_empty(worker.broker, worker.queues):
+        are_empty = _are_empty(worker.broker, worker.queues)
+        if are_empty is None:  # what receives bring is all that can be known
+            are_empty = all(map(intake.is_dry, worker.queues))
+        if are_empty:
             intake.end()
 
     def _try(self, poll: _Poll) -> Exception | None:

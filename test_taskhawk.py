@@ -12466,6 +12466,12 @@ class TestWorker:
         assert names[4:] == ["receive", "depth"] * (len(names[4:]) // 2)
         assert names.count("depth") >= asked
 
+    def test_until_empty_of_all_denied(self, worker_broker, worker_act):
+        """Where depths may not be asked for, receives of all queues bring nothing first."""
+        worker_broker.faults["depth"] = worker_raise(WorkerDenied("denied"))
+        worker_broker.put(worker_act, *[("run",)] * 3, queue="LOW")
+        assert worker_broker.work("HIGH", "LOW") == taskhawk.Ledger(3, 3)
+
     def test_until_empty_of_all(self, worker_broker, worker_act):
         """A queue is listened to until the others are empty too, delayed messages included."""
         looked = threading.Event()
