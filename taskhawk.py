@@ -2396,8 +2396,6 @@ _SQLITE_OPTIONS = {
 _LOCKED_S = 30  # how long to wait for a file that another process has locked
 _FIRST_LOOK_S = 0.002  # the pause between looks for a message grows from this…
 _LAST_LOOK_S = 0.05  # …to this: twenty looks a second cost next to no CPU
-# The first process that had a queue in memory, by the name "pid".
-_memory_owner: dict[str, int] = {}
 
 
 def _is_in_memory(url: str) -> bool:
@@ -2442,7 +2440,12 @@ def _check_sqlite_option(name: str, value: str, url: str) -> None:
 
 
 class _SqliteFile:
-    """A process's connection to a file or to its own memory, for all its threads."""
+    """A process's connection to a file or to its own memory, for all its threads.
+
+    :cvar memory_pid: the first process that had a queue in memory
+    """
+
+    memory_pid: typing.ClassVar[int | None] = None
 
     def __init__(self, path: str) -> None:
         self.path, self.pid = path, os.getpid()
@@ -2451,13 +2454,19 @@ class _SqliteFile:
         self.lock = threading.RLock()
         self._db: Any = None
         self._inode: tuple[int, int] | None = None
-        pid = self.pid
-        if not path and _memory_owner.setdefault("pid", pid) != pid:
+        if not path:
+            self._take_memory()
+        _sqlite_files.add(weakref.ref(self, _sqlite_files.discard))
+
+    def _take_memory(self) -> None:
+        """Refuse a queue in memory to all processes but the first that had one."""
+        if _SqliteFile.memory_pid is None:
+            _SqliteFile.memory_pid = self.pid
+        if _SqliteFile.memory_pid != self.pid:
             raise ConfigurationError(
                 "sqlite:// is the memory of one process, and this is another:"
                 " use a file, such as sqlite:///queue.db"
             )
-        _sqlite_files.add(weakref.ref(self, _sqlite_files.discard))
 
     def __del__(self) -> None:
         """Close what a worker opened after configure() had replaced its broker."""
@@ -9455,7 +9464,7 @@ def _serve_worker(argv: Sequence[str]) -> int:
     if os.getppid() != worker:  # it died before that
         return 1
     # What is dispatched to the memory of this process would be lost.
-    _memory_owner["pid"] = worker
+    _SqliteFile.memory_pid = worker
     # What a task starts must not keep the socket open.
     os.set_inheritable(number, False)  # noqa: FBT003
     report = _Report(number)
@@ -13662,7 +13671,7 @@ def _load(modules: Iterable[str], command: str) -> None:
     with _telling_where(_UNREADABLE):
         broker = settings.TASKHAWK_BROKER
     shares_queue = command not in ("stats", "provision")
-    if shares_queue and re.match(r"sqlite://(\?|$)", broker):
+    if shares_queue and _is_in_memory(broker):
         raise ConfigurationError(
             f"{command}: sqlite:// is the memory of one process:"
             " use a file, such as sqlite:///queue.db"
